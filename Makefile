@@ -1,0 +1,28 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint clean
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m attacks.dlg --batch 1 --out runs/demo-dlg
+	$(BIN)/python -m fltoolkit train --data digits --rounds 30 --attack idlg --out runs/demo-train
+	@echo
+	@echo "Pictures and reports of this demo:"
+	@ls runs/demo-dlg/*.png runs/demo-dlg/*.json runs/demo-train/*.png runs/demo-train/*.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,149 @@
+"""Secure aggregation by pairwise masks.
+
+Bonawitz et al. 2017, ePrint 2017/281, section 4 ("masking with one-time pads"): every pair of clients agrees
+on a seed, expands it to a mask of D uniform numbers modulo 2^b, and one adds what the other subtracts.
+Each message alone is uniform; in the sum all masks cancel and the server reads Σ w_k Δ_k exactly as
+encoded. Seeds are agreed by X25519 and derived by HKDF-SHA256; masks are AES-256-CTR keystreams.
+
+This is the protocol without dropouts: every client that advertised a key must send its message. The
+self-masks and secret shares that survive dropouts are not part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from fltoolkit.defense import Defense, RoundContext
+from fltoolkit.errors import InputError, require
+
+WORDS: dict[int, np.dtype] = {32: np.dtype("<u4"), 64: np.dtype("<u8")}
+LABEL = b"fltoolkit secagg pairwise mask v1"
+
+
+@dataclass(frozen=True)
+class SecAgg(Defense):
+    """Hide every message behind masks that cancel in the sum; exact modular sum, no ε by itself.
+
+    clients: the cohort size K it insists on (None: any); K = 1 has nothing to hide behind. bits: b, the
+    arithmetic is modulo 2^b, 32 or 64. range: bound on the absolute value of an update's coordinates;
+    a larger one is refused, never clipped. The decoded mean is within K / (2 · scale) of the real one.
+    """
+
+    name: ClassVar[str] = "secagg"
+    hides_messages: ClassVar[bool] = True
+    aliases: ClassVar[Mapping[str, str]] = {"clients": "cohort", "range": "bound_value"}
+    cohort: int | None = None
+    bits: int = 32
+    bound_value: float = 8.0
+
+    def __post_init__(self) -> None:
+        require(self.cohort is None or self.cohort >= 1, "clients", ">= 1", self.cohort)
+        require(self.bits in WORDS, "bits", "32 or 64", self.bits)
+        good = isfinite(self.bound_value) and self.bound_value > 0
+        require(good, "range", "a finite number > 0", self.bound_value)
+
+    def check(self, sensitivity: float | None, cohort: int | None) -> None:
+        if None not in (self.cohort, cohort) and self.cohort != cohort:
+            raise InputError(f"secagg:clients must equal the round's cohort of {cohort}, got {self.cohort}")
+
+    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
+        """Masked messages as int64 `[K, D]` (the b-bit pattern) and the decoded weighted mean `[D]`."""
+        self._refuse_out_of_range(rows, ctx.clients)
+        scale = self.scale(len(rows))
+        weights = ctx.weights.double() / ctx.weights.double().sum()
+        members = [Member(c) for c in ctx.clients]
+        keys = [m.public_key for m in members]
+        messages = [
+            m.message(encode(row * w, scale, self.bits), keys, ctx.clients, ctx.round)
+            for m, row, w in zip(members, _doubles(rows), weights.tolist(), strict=True)
+        ]
+        total = decode(server_sum(messages), scale)
+        sent = np.stack(messages).astype(np.int64)
+        return torch.from_numpy(sent).to(rows.device), torch.from_numpy(total).to(rows)
+
+    def scale(self, cohort: int) -> float:
+        """Integers per unit. With |Δ| ≤ range and weights that sum to 1, rounding each of K terms by at
+        most 1/2 keeps the sum within range · scale + K / 2 < 2^(b-1): it cannot wrap. The factor below
+        1 covers the floating-point error of the weights' sum."""
+        return (2 ** (self.bits - 1) - 2 - cohort) * (1 - 2**-40) / self.bound_value
+
+    def _refuse_out_of_range(self, rows: Tensor, clients: Sequence[int]) -> None:
+        largest = rows.abs().amax(dim=1)
+        for client, value in zip(clients, largest.tolist(), strict=True):
+            if not value <= self.bound_value:
+                raise InputError(
+                    f"secagg:range must be at least the largest update entry, {value:.6g} of client "
+                    f"{client}, got {self.bound_value:g}"
+                )
+
+
+class Member:
+    """One client's side: its key pair for this round, and its masked message."""
+
+    def __init__(self, identity: int) -> None:
+        self.identity = identity
+        self._key = X25519PrivateKey.generate()
+        self.public_key = self._key.public_key().public_bytes_raw()
+
+    def message(
+        self, plain: np.ndarray, keys: Sequence[bytes], identities: Sequence[int], number: int
+    ) -> np.ndarray:
+        """The encoded update plus the masks shared with later members, minus those with earlier ones."""
+        masked = plain.copy()
+        for other, key in zip(identities, keys, strict=True):
+            if other == self.identity:
+                continue
+            mask = self._mask(other, key, number, plain)
+            if self.identity < other:
+                masked += mask
+            else:
+                masked -= mask
+        return masked
+
+    def _mask(self, other: int, key: bytes, number: int, like: np.ndarray) -> np.ndarray:
+        secret = self._key.exchange(X25519PublicKey.from_public_bytes(key))
+        low, high = sorted((self.identity, other))
+        context = b"|".join([LABEL, *(str(n).encode() for n in (number, low, high, like.itemsize))])
+        seed = HKDF(SHA256(), length=32, salt=None, info=context).derive(secret)
+        return expand(seed, like)
+
+
+def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
+    """Uniform integers modulo 2^b in the shape and type of `like`: the AES-256-CTR keystream of `seed`.
+    A seed is used once, so the counter may start at zero."""
+    cipher = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
+    return np.frombuffer(cipher.update(bytes(like.nbytes)), like.dtype)
+
+
+def encode(values: np.ndarray, scale: float, bits: int) -> np.ndarray:
+    """Fixed point: round(value · scale) modulo 2^b."""
+    return np.rint(values * scale).astype(np.int64).astype(WORDS[bits])
+
+
+def server_sum(messages: Sequence[np.ndarray]) -> np.ndarray:
+    """All that the server does: add the messages modulo 2^b."""
+    total = messages[0].copy()
+    for m in messages[1:]:
+        total += m
+    return total
+
+
+def decode(total: np.ndarray, scale: float) -> np.ndarray:
+    """The signed reading of a sum modulo 2^b, in units of the update, float64."""
+    signed = total.view(np.dtype(f"<i{total.itemsize}"))
+    return signed.astype(np.float64) / scale
+
+
+def _doubles(rows: Tensor) -> np.ndarray:
+    return rows.detach().cpu().double().numpy()

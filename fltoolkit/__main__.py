@@ -1,0 +1,7 @@
+"""`python -m fltoolkit`."""
+
+import sys
+
+from fltoolkit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Federated algorithms: one file each, written like its paper's pseudocode."""

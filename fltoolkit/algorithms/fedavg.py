@@ -1,0 +1,53 @@
+"""Federated averaging.
+
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas 2017, arXiv:1602.05629, Algorithm 1:
+
+    initialise w_0
+    for each round t = 1, 2, ...:
+        m ← max(C·K, 1);  S_t ← random set of m clients
+        for each client k in S_t in parallel:  w_{t+1}^k ← ClientUpdate(k, w_t)
+        w_{t+1} ← Σ_k (n_k / n) w_{t+1}^k
+
+The last line is kept as w_t + Σ_k (n_k / n) (w_{t+1}^k − w_t), n the sum over S_t: the same value, and
+the differences are what the defenses act on. FedSGD is E = 1, B = ∞.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from fltoolkit.errors import require
+from fltoolkit.rng import stream
+from fltoolkit.training.round import Task, run_round
+from fltoolkit.types import Examples, LocalSpec, Transcript
+
+
+def fedsgd(lr: float) -> LocalSpec:
+    """The local recipe that makes FedAvg FedSGD: one full-batch step."""
+    return LocalSpec(epochs=1, batch=None, lr=lr)
+
+
+def select_clients(total: int, fraction: float, seed: int, number: int) -> list[int]:
+    """S_t: max(round(C·K), 1) of K = `total` clients without replacement, in increasing order."""
+    size = max(round(fraction * total), 1)
+    chosen = stream(seed, "round", number, "cohort").choice(total, size, replace=False)
+    return sorted(int(c) for c in chosen)
+
+
+def server_update(params: Tensor, aggregate: Tensor) -> Tensor:
+    """w_{t+1} = w_t + the aggregated difference."""
+    return params + aggregate
+
+
+def fedavg(
+    task: Task, params: Tensor, clients: Sequence[Examples], fraction: float, rounds: range
+) -> Iterator[tuple[Transcript, Tensor]]:
+    """Run the given round numbers from `params`; yields each round's transcript and w_{t+1} `[D]`."""
+    require(0 <= fraction <= 1, "fraction", "between 0 and 1", fraction)
+    for number in rounds:
+        cohort = select_clients(len(clients), fraction, task.seed, number)
+        transcript = run_round(task, params, cohort, [clients[c] for c in cohort], number)
+        params = server_update(params, transcript.aggregate)
+        yield transcript, params

@@ -1,0 +1,46 @@
+"""What an attack is: `attack(observation, rng) -> Reconstruction`, hyperparameters at construction.
+
+An attack that can work on many observations at once overrides `many`; the audit calls that. Each
+observation comes with its own generator, so a victim's numbers do not depend on who else is attacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fltoolkit.types import Observation, Reconstruction
+
+Progress = Callable[[int, int, str], None]
+"""`progress(iteration, of, text)`: called now and then while an attack runs; may be ignored."""
+
+
+def silent(iteration: int, of: int, text: str) -> None:
+    """The progress of nobody watching."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Base of all attacks. Subclasses are frozen dataclasses whose fields are the command line's options."""
+
+    name: ClassVar[str] = ""
+
+    def __call__(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        """Attack one observation."""
+        return self.many([observation], [rng])[0]
+
+    def many(
+        self,
+        observations: Sequence[Observation],
+        rngs: Sequence[torch.Generator],
+        progress: Progress = silent,
+    ) -> list[Reconstruction]:
+        """Attack several observations of one shape, in their order. One of the two must be overridden."""
+        found = []
+        for i, (observation, rng) in enumerate(zip(observations, rngs, strict=True)):
+            progress(i, len(observations), "victims done")
+            found.append(self(observation, rng))
+        return found

@@ -1,0 +1,293 @@
+"""One scene through the whole pipeline, from private data to a measured leak.
+
+`run(scene)` builds the round itself; `update(model, loss, update, spec)` attacks an update that came from
+anywhere else, such as a file or another framework's run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fltoolkit import models, registry
+from fltoolkit.accounting import epsilon_by_view
+from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.data import Dataset, load
+from fltoolkit.defense import Defense
+from fltoolkit.errors import InputError, require, unknown
+from fltoolkit.loss import cross_entropy
+from fltoolkit.report import document
+from fltoolkit.rng import stream, torch_stream
+from fltoolkit.scoring import Scored, score, summarise, truth_of
+from fltoolkit.threat import THREATS, Public, ThreatModel
+from fltoolkit.training.round import Task, run_round
+from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Observation, Reconstruction, Transcript
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One question: what does this attack recover of these data through this model and these defenses?
+
+    Names or ready objects both work for attack, data, model, threat and defenses. batch: private examples
+    a client. victims: independent repetitions. clients: K a round mixes (None: what a `secagg` asks for,
+    else 1). A model given as an object keeps its weights for every victim; a named one is initialised anew.
+    """
+
+    attack: str | Attack = "dlg"
+    data: str | Dataset = "photos"
+    model: str | nn.Module = "lenet"
+    batch: int = 1
+    victims: int = 1
+    clients: int | None = None
+    threat: str | ThreatModel = "server"
+    defenses: Sequence[str | Defense] = ()
+    local: LocalSpec = field(default_factory=LocalSpec)
+    loss: Loss = cross_entropy
+    seed: int = 0
+    device: str = "cpu"
+    delta: float = 1e-5
+    threshold_db: float = 30.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """report: what `report.json` holds. victims: the evidence behind it, for pictures and further study."""
+
+    report: dict[str, Any]
+    victims: tuple[Scored, ...]
+    input_range: tuple[float, float]
+
+
+class Stage:
+    """A checked scene: names resolved, impossible values refused, nothing computed yet."""
+
+    def __init__(self, scene: Scene) -> None:
+        require(scene.batch >= 1, "batch", ">= 1", scene.batch)
+        require(scene.victims >= 1, "victims", ">= 1", scene.victims)
+        require(scene.clients is None or scene.clients >= 1, "clients", ">= 1", scene.clients)
+        require(scene.seed >= 0, "seed", ">= 0", scene.seed)
+        require(0 < scene.delta < 1, "delta", "between 0 and 1", scene.delta)
+        check_local(scene.local)
+        self.device = check_device(scene.device)
+        self.scene = scene
+        self.attack = registry.make_attack(scene.attack) if isinstance(scene.attack, str) else scene.attack
+        self.threat = make_threat(scene.threat)
+        named = registry.make_stack(scene.defenses).defenses
+        wanted = [d.cohort for d in named if getattr(d, "cohort", None) is not None]  # type: ignore[attr-defined]
+        self.clients: int = scene.clients or (wanted[0] if wanted else 1)
+        self.stack = registry.make_stack(named, self.clients)
+        self.data = load(scene.data) if isinstance(scene.data, str) else scene.data
+        needed, have = self.clients * scene.batch, len(self.data.train)
+        if needed > have:
+            raise InputError(
+                f"batch must be at most the data's {have} examples over {self.clients} clients, "
+                f"got {scene.batch}"
+            )
+        self._check_labels()
+        models.check_fits(self.model(0), self.data.input_shape, self.data.num_classes)
+
+    def _check_labels(self) -> None:
+        y, classes = self.data.train.y, self.data.num_classes
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise InputError(f"labels must be in 0..{classes - 1} for {classes} classes, got {low}..{high}")
+
+    def model(self, victim: int) -> nn.Module:
+        """The model that victim number `victim` receives."""
+        if isinstance(self.scene.model, nn.Module):
+            return self.scene.model
+        rng = torch_stream(self.scene.seed, "victim", victim, "model")
+        return models.build(self.scene.model, self.data.input_shape, self.data.num_classes, rng)
+
+    def private(self, victim: int) -> list[Examples]:
+        """The cohort's data for this victim: `clients` parts of `batch` examples, none used twice until
+        the data set is used up."""
+        size = self.clients * self.scene.batch
+        per_pass = len(self.data.train) // size
+        rng = stream(self.scene.seed, "victims", victim // per_pass, "data")
+        at = (victim % per_pass) * size
+        index = rng.permutation(len(self.data.train))[at : at + size]
+        parts = np.split(index, self.clients)
+        return [self.data.train.take(torch.from_numpy(p)).to(self.device) for p in parts]
+
+    def round(self, victim: int) -> tuple[Transcript, Public]:
+        """Play the victim's round."""
+        scene = self.scene
+        model = self.model(victim).to(self.device)
+        task = Task(model, scene.loss, scene.local, self.stack, scene.seed)
+        params = self.threat.broadcast(Layout.of(model).row(model))
+        transcript = run_round(task, params, range(self.clients), self.private(victim), victim)
+        return transcript, task.public(self.data)
+
+
+def run(scene: Scene, progress: Progress = silent) -> Result:
+    """Play every victim's round, attack what the adversary saw, and score it. Raises InputError first
+    where the scene is impossible."""
+    stage = Stage(scene)
+    observations: list[Observation] = []
+    truths: list[Examples] = []
+    events: list[tuple[Any, ...]] = []
+    hidden = False
+    for v in range(scene.victims):
+        transcript, public = stage.round(v)
+        observations.append(stage.threat.observe(transcript, 0, public))
+        truths.append(truth_of(transcript, stage.threat.members(transcript, 0)))
+        events.append(transcript.events)
+        hidden = transcript.messages_hidden
+    rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v in range(scene.victims)]
+    begun = time.perf_counter()
+    found = stage.attack.many(observations, rngs, progress)
+    seconds = time.perf_counter() - begun
+    mean_image = stage.data.train.x.mean(0)
+    scored = tuple(
+        score(f, t, mean_image, stage.data.input_range, stage.data.num_classes)
+        for f, t in zip(found, truths, strict=True)
+    )
+    epsilons = epsilon_by_view(events[:1], hidden, scene.delta)
+    return Result(_report(stage, scored, epsilons, seconds), scored, stage.data.input_range)
+
+
+def _report(
+    stage: Stage, scored: tuple[Scored, ...], epsilons: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    scene, found = stage.scene, [s.found for s in scored]
+    losses = [f.loss for f in found]
+    return {
+        "schema": document.AUDIT_SCHEMA,
+        "command": document.command_line(),
+        "attack": {"name": stage.attack.name, **asdict(stage.attack)},
+        "data": stage.data.name,
+        "model": scene.model if isinstance(scene.model, str) else type(scene.model).__name__,
+        "threat": stage.threat.name,
+        "defenses": [dict(d) for d in stage.stack.public()],
+        "batch": scene.batch,
+        "victims": scene.victims,
+        "clients": stage.clients,
+        "seed": scene.seed,
+        "local": asdict(scene.local),
+        "metrics": summarise(scored, scene.threshold_db),
+        "epsilon": {k: document.finite(v) for k, v in epsilons.items()}
+        | {"delta": scene.delta, "unit": "client", "adjacency": "zero-out"},
+        "iterations": float(np.mean([f.iterations for f in found])),
+        "evaluations": float(np.mean([f.evaluations for f in found])),
+        "seconds": seconds,
+        "victim_seconds": [f.seconds for f in found],
+        "matching_loss": [v if np.isfinite(v) else None for v in losses],
+        "notes": [f.note for f in found],
+        "versions": document.versions(),
+    }
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """What the adversary knows of an update that came from outside.
+
+    num_examples: private examples behind it. input_shape: one input. kind: "delta" (w_k − w_t),
+    "gradient", or "weights" (w_k, the client's new parameters). local: E, B and η if known; without it a
+    delta is read as one step of size 1. clients: how many clients the update averages.
+    """
+
+    num_examples: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+    input_range: tuple[float, float] = (0.0, 1.0)
+    kind: str = "delta"
+    local: LocalSpec | None = None
+    clients: int = 1
+    labels: Tensor | None = None
+    attack: str | Attack = "idlg"
+    seed: int = 0
+
+
+KINDS = ("delta", "gradient", "weights")
+
+
+def update(
+    model: nn.Module,
+    loss: Loss,
+    update: Tensor | Mapping[str, Tensor] | Sequence[Any],
+    spec: UpdateSpec,
+    progress: Progress = silent,
+) -> Reconstruction:
+    """Attack one update of `model`, whose current weights are those the client started from.
+
+    update: a row `[D]`, a mapping from parameter names, or arrays in the order of the trainable
+    parameters (what Flower calls NDArrays). Raises InputError where it does not fit the model.
+    """
+    require(spec.num_examples >= 1, "num_examples", ">= 1", spec.num_examples)
+    require(spec.clients >= 1, "clients", ">= 1", spec.clients)
+    require(spec.kind in KINDS, "kind", f"one of {KINDS}", spec.kind)
+    models.check_fits(model, spec.input_shape, spec.num_classes)
+    layout = Layout.of(model)
+    params = layout.row(model)
+    row = as_row(layout, update).to(params)
+    local = spec.local
+    if spec.kind == "weights":
+        row = row - params
+    elif spec.kind == "gradient":
+        row, local = -row, None
+    attack = registry.make_attack(spec.attack) if isinstance(spec.attack, str) else spec.attack
+    observation = Observation(
+        model=model,
+        loss=loss,
+        layout=layout,
+        params=params,
+        update=row,
+        clients=spec.clients,
+        num_examples=spec.num_examples,
+        input_shape=tuple(spec.input_shape),
+        input_range=spec.input_range,
+        num_classes=spec.num_classes,
+        local=local,
+        labels=spec.labels,
+    )
+    rng = torch_stream(spec.seed, "update", "attack", attack.name)
+    return attack.many([observation], [rng], progress)[0]
+
+
+def as_row(layout: Layout, update: Tensor | Mapping[str, Tensor] | Sequence[Any]) -> Tensor:
+    """An update in any of the accepted forms -> a row `[D]`; InputError names what does not fit."""
+    if isinstance(update, Tensor):
+        if update.shape != (layout.size,):
+            raise InputError(f"update must be a row of {layout.size} numbers, got {tuple(update.shape)}")
+        return update.detach().clone()
+    if not isinstance(update, Mapping):
+        if len(update) != len(layout.names):
+            raise InputError(f"update must hold {len(layout.names)} arrays, got {len(update)}")
+        update = dict(zip(layout.names, update, strict=True))
+    tensors = {n: torch.as_tensor(update[n]) for n in layout.names if n in update}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in tensors:
+            raise InputError(f"update must hold every trainable parameter, got none for {name!r}")
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(f"update of {name!r} must have shape {shape}, got {tuple(tensors[name].shape)}")
+    return layout.flatten(tensors).detach()
+
+
+def check_local(local: LocalSpec) -> None:
+    require(local.epochs >= 1, "epochs", ">= 1", local.epochs)
+    require(local.batch is None or local.batch >= 1, "local batch", ">= 1 or inf", local.batch)
+    require(np.isfinite(local.lr) and local.lr > 0, "lr", "a finite number > 0", local.lr)
+
+
+def check_device(device: str) -> torch.device:
+    """The device, tried once so that one that is not there stops before work starts."""
+    try:
+        return torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device must be one that PyTorch can use here, got {device!r}: {e}") from e
+
+
+def make_threat(threat: str | ThreatModel) -> ThreatModel:
+    """The threat model by name, or itself; InputError lists the known names."""
+    if not isinstance(threat, str):
+        return threat
+    if threat not in THREATS:
+        unknown("threat model", threat, THREATS)
+    return THREATS[threat]()

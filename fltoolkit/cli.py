@@ -1,0 +1,60 @@
+"""The command line: `python -m fltoolkit COMMAND` and `python -m attacks.NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from fltoolkit.commands.audit import AuditOptions, run_audit
+from fltoolkit.commands.listing import run_list
+from fltoolkit.commands.train import TrainOptions, run_train
+from fltoolkit.errors import InputError
+from fltoolkit.options import add_options, read_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m fltoolkit`; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m fltoolkit", description=_ABOUT)
+    commands = parser.add_subparsers(dest="command", required=True)
+    audit = commands.add_parser("audit", help="attack one scene and measure the leak")
+    audit.add_argument("--attack", required=True, metavar="NAME[:key=value]", help="the attack to run")
+    add_options(audit, AuditOptions)
+    add_options(
+        commands.add_parser("train", help="federated averaging, with an adversary looking on if asked"),
+        TrainOptions,
+    )
+    commands.add_parser("list", help="every attack, defense, threat model, model and data set")
+    parsed = parser.parse_args(argv)
+    if parsed.command == "audit":
+        return guarded(lambda: run_audit(parsed.attack, read_options(AuditOptions, parsed)))
+    if parsed.command == "train":
+        return guarded(lambda: run_train(read_options(TrainOptions, parsed)))
+    return guarded(run_list)
+
+
+def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """`python -m attacks.NAME`: the audit with that attack."""
+    from fltoolkit import registry
+
+    about = registry.describe(registry.attack_class(name))
+    parser = argparse.ArgumentParser(f"python -m attacks.{name}", description=f"{about}.")
+    add_options(parser, AuditOptions)
+    parsed = parser.parse_args(argv)
+    sys.exit(guarded(lambda: run_audit(name, read_options(AuditOptions, parsed))))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; bad input ends in one sentence and code 2, an interrupt in code 130."""
+    try:
+        return command()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+_ABOUT = "Privacy attacks and defenses for federated learning, measured in one pipeline."

@@ -1,0 +1,1 @@
+"""The commands behind `python -m fltoolkit` and `python -m attacks.NAME`, one file each."""

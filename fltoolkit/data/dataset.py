@@ -1,0 +1,23 @@
+"""A data set in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fltoolkit.types import Examples
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """train and test (None where there is none): x float32 `[N, C, H, W]` within input_range, y int64 `[N]`
+    in 0..num_classes - 1."""
+
+    name: str
+    train: Examples
+    test: Examples | None
+    num_classes: int
+    input_range: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.train.x.shape[1:])

@@ -1,0 +1,1 @@
+"""Leakage metrics: pure functions with an explicit data range, and the intervals they are reported with."""

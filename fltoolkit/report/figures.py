@@ -1,0 +1,93 @@
+"""The pictures: what was recovered beside what was private, and accuracy over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fltoolkit.report.files import write_atomic
+from fltoolkit.scoring import Scored
+from fltoolkit.training.federation import RoundResult
+
+SHOWN_IMAGES = 6
+INK, ACCENT, GRID = "#1f2937", "#c2410c", "#d1d5db"
+
+
+def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, data_range: float) -> None:
+    """Original, reconstruction, absolute difference of the first images, and the matching loss over
+    iterations of their victims."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    pairs = [(v, i) for v, s in enumerate(victims) for i in range(len(s.truth))][:SHOWN_IMAGES]
+    height = 1.75 * len(pairs) + 1.0
+    figure = plt.figure(figsize=(9.6, max(height, 3.2)), layout="constrained")
+    grid = figure.add_gridspec(len(pairs), 5, width_ratios=[1, 1, 1, 0.12, 2.2])
+    for row, (v, i) in enumerate(pairs):
+        s = victims[v]
+        difference = (s.x[i] - s.truth.x[i]).abs()
+        labels = (f"true label {int(s.truth.y[i])}", f"recovered {int(s.y[i])}", f"{s.psnr[i]:.1f} dB")
+        heads = ("original", "reconstruction", "|difference|")
+        for column, image in enumerate((s.truth.x[i], s.x[i], difference)):
+            axis = figure.add_subplot(grid[row, column])
+            _show(axis, image, data_range)
+            axis.set_xlabel(labels[column], fontsize=9, color=INK)
+            if row == 0:
+                axis.set_title(heads[column], fontsize=10, color=INK)
+    axis = figure.add_subplot(grid[:, 4])
+    for v in dict.fromkeys(v for v, _ in pairs):
+        trace = victims[v].found.trace.clamp_min(1e-20).numpy()
+        axis.semilogy(np.arange(len(trace)), trace, color=ACCENT, alpha=0.75, linewidth=1.4)
+    _tidy(axis, "iteration", "matching loss")
+    figure.suptitle(title, fontsize=11, color=INK)
+    _save(figure, path)
+
+
+def accuracy_figure(path: Path, history: Sequence[RoundResult], title: str) -> None:
+    """Test accuracy over rounds with its 95 % interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    rounds = [r.number for r in history]
+    axis.fill_between(
+        rounds, [r.ci95[0] for r in history], [r.ci95[1] for r in history], color=ACCENT, alpha=0.18, lw=0
+    )
+    marker = "o" if len(rounds) < 2 else None
+    axis.plot(rounds, [r.accuracy for r in history], color=ACCENT, linewidth=1.8, marker=marker)
+    axis.set_ylim(0, 1.02)
+    _tidy(axis, "round", "test accuracy (95 % interval)")
+    axis.set_title(title, fontsize=11, color=INK)
+    _save(figure, path)
+
+
+def _show(axis: Any, image: Tensor, data_range: float) -> None:
+    pixels = image.permute(1, 2, 0).numpy()
+    grey = pixels.shape[2] == 1
+    axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=data_range)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _tidy(axis: Any, x: str, y: str) -> None:
+    axis.set_xlabel(x, color=INK)
+    axis.set_ylabel(y, color=INK)
+    axis.grid(True, color=GRID, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    write_atomic(path, lambda p: figure.savefig(p, dpi=150, format=path.suffix.removeprefix(".")))
+    plt.close(figure)

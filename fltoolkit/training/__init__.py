@@ -1,0 +1,1 @@
+"""Local training vectorised over clients, one round, and the federation loop with its checkpoints."""

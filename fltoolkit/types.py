@@ -1,0 +1,211 @@
+"""The values that flow through the pipeline. All are frozen: a function takes values, returns new ones.
+
+The central convention: *an update is a row*. What a cohort of K clients sends is one float matrix
+`[K, D]`, D the number of model parameters, and a `Layout` knows which columns are which parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fltoolkit.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`loss(logits [N, classes], y) -> [N]`, unreduced; y: classes `[N]` or distributions `[N, classes]`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of a model's trainable parameters in the order of the columns of a row."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout:
+        """The layout of `model`'s trainable parameters; raises InputError where it has none."""
+        named = [(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise InputError(f"model {type(model).__name__} has no trainable parameters")
+        return cls(tuple(n for n, _ in named), tuple(s for _, s in named))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(prod(s) for s in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """D, the length of a row."""
+        return sum(self.sizes)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`{name: [..., *shape]}` -> `[..., D]`; leading dimensions are kept."""
+        parts = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            t = tensors[name]
+            parts.append(t.reshape(*t.shape[: t.dim() - len(shape)], prod(shape)))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
+        """`[..., D]` -> `{name: [..., *shape]}`, as `torch.func.functional_call` takes it. Views only."""
+        pieces = rows.split(self.sizes, dim=-1)
+        return {
+            n: p.unflatten(-1, s) if s else p.squeeze(-1)
+            for n, p, s in zip(self.names, pieces, self.shapes, strict=True)
+        }
+
+    def row(self, model: nn.Module) -> Tensor:
+        """A copy of `model`'s parameters as a row `[D]`."""
+        return self.flatten({n: p.detach() for n, p in model.named_parameters()}).clone()
+
+    def first_non_finite(self, row: Tensor) -> str | None:
+        """The name of the first parameter with a NaN or infinity in `row [D]`, or None."""
+        for name, part in self.unflatten(row).items():
+            if not torch.isfinite(part).all():
+                return name
+        return None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs `x [N, ...]` with labels `y [N]`."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Any) -> Examples:
+        """The examples at `index` (indices, slice or mask), as a copy."""
+        return Examples(self.x[index].clone(), self.y[index].clone())
+
+    def to(self, device: str | torch.device) -> Examples:
+        return Examples(self.x.to(device), self.y.to(device))
+
+
+@dataclass(frozen=True)
+class LocalSpec:
+    """What each client does with the broadcast model (McMahan et al. 2017, Algorithm 1, ClientUpdate).
+
+    epochs: E, passes over the client's data. batch: B, examples a step; None stands for the paper's
+    infinity, the whole local data set as one batch. lr: the step size η.
+    """
+
+    epochs: int = 1
+    batch: int | None = None
+    lr: float = 1.0
+
+    def steps(self, num_examples: int) -> int:
+        """Local steps u of a client that holds `num_examples`."""
+        size = num_examples if self.batch is None else min(self.batch, num_examples)
+        return self.epochs * -(-num_examples // size)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What a cohort computed, before any defense: `delta [K, D]` is w_k - w_t, one row a client."""
+
+    delta: Tensor
+    clients: tuple[int, ...]
+    num_examples: Tensor
+    layout: Layout
+    round: int
+
+
+@dataclass(frozen=True)
+class PrivacyEvent:
+    """One use of a mechanism, as data; only `fltoolkit.accounting` turns it into ε.
+
+    event: a `dp_accounting.DpEvent`. view: what it protects: "message" (each client's message), "sum"
+    (the messages' sum before the server touches it) or "aggregate" (what the server releases). unit:
+    what ε hides, "client" or "example". release: events of one round about the same release are
+    alternative guarantees, of which the better counts; events about different releases compose.
+    """
+
+    event: Any
+    view: str
+    unit: str = "client"
+    release: str = "update"
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One round as it happened. `truth` is read by the metrics alone; threat models never touch it.
+
+    broadcast `[D]`; messages `[K, ...]` exactly as sent (floats, or masked integers where
+    `messages_hidden`); total `[D]`, their weighted mean as the server receives it; aggregate `[D]`, the
+    same after the server's defenses, as released; weights `[K]`, the averaging weights.
+    """
+
+    broadcast: Tensor
+    messages: Tensor
+    messages_hidden: bool
+    total: Tensor
+    aggregate: Tensor
+    weights: Tensor
+    updates: Updates
+    truth: tuple[Examples, ...]
+    events: tuple[PrivacyEvent, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything the adversary holds, and nothing else.
+
+    model, loss: the public architecture and loss; `params [D]` the broadcast it evaluated at.
+    update `[D]`: the difference w_k - w_t it saw, a weighted mean over `clients` clients and over
+    `num_examples` examples in all. local: E, B, η if known, else None. labels `[num_examples]` if
+    known, else None. input_shape, input_range: shape and bounds of one input. defenses: the public
+    parameters of each defense in order (Kerckhoffs). auxiliary: public data, never the private set.
+    """
+
+    model: nn.Module
+    loss: Loss
+    layout: Layout
+    params: Tensor
+    update: Tensor
+    clients: int
+    num_examples: int
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float]
+    num_classes: int
+    local: LocalSpec | None = None
+    labels: Tensor | None = None
+    defenses: tuple[Mapping[str, Any], ...] = ()
+    auxiliary: Examples | None = None
+    round: int = 0
+
+    @property
+    def gradient(self) -> Tensor:
+        """The update read as one gradient `[D]`: -update / (η · steps); η = steps = 1 where unknown."""
+        if self.local is None:
+            return -self.update
+        per_client = max(1, self.num_examples // self.clients)
+        return -self.update / (self.local.lr * self.local.steps(per_client))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack says the private batch was: x `[N, ...]`, y `[N]`.
+
+    loss: the matching loss it ended with, the only score an adversary has. trace `[iterations]`: that
+    loss over time. restart_losses `[R]`: where each restart ended (inf: diverged or dropped early).
+    evaluations counts matching-loss gradients over all restarts; note says in words what went wrong.
+    """
+
+    x: Tensor
+    y: Tensor
+    loss: float
+    trace: Tensor = field(default_factory=lambda: torch.empty(0))
+    restart_losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    iterations: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    note: str = ""

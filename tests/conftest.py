@@ -1,0 +1,56 @@
+"""Small problems that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fltoolkit.loss import cross_entropy
+from fltoolkit.types import Examples, Layout, LocalSpec, Observation
+
+
+@pytest.fixture(autouse=True)
+def _steady_threads():
+    torch.manual_seed(0)
+
+
+def tiny_model(seed: int = 0, classes: int = 4) -> nn.Module:
+    """A smooth 2-layer network on 1x5x5 inputs; 25-12-classes, sigmoid."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.Sigmoid(), nn.Linear(12, classes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.uniform_(-0.5, 0.5, generator=generator)
+    return model
+
+
+def tiny_examples(count: int, seed: int = 1, classes: int = 4) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, 1, 5, 5, generator=generator)
+    return Examples(x, torch.randint(0, classes, (count,), generator=generator))
+
+
+def plain_gradient(model: nn.Module, data: Examples) -> torch.Tensor:
+    """The batch gradient as a row, by ordinary autograd."""
+    loss = nn.functional.cross_entropy(model(data.x), data.y)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def observe(model: nn.Module, data: Examples, **changes) -> Observation:
+    """What a server sees of one gradient step of size 1 on `data`."""
+    layout = Layout.of(model)
+    values = {
+        "model": model,
+        "loss": cross_entropy,
+        "layout": layout,
+        "params": layout.row(model),
+        "update": -plain_gradient(model, data),
+        "clients": 1,
+        "num_examples": len(data),
+        "input_shape": tuple(data.x.shape[1:]),
+        "input_range": (0.0, 1.0),
+        "num_classes": 4,
+        "local": LocalSpec(),
+    }
+    return Observation(**(values | changes))
