@@ -40,6 +40,10 @@ class Gaussian(Defense):
         require(isfinite(sigma) and sigma >= 0, "noise_multiplier", "a finite number >= 0", sigma)
         require(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
 
+    @property
+    def acts_on_rows(self) -> bool:
+        return self.placement == "client"
+
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
         if sensitivity is None:
             raise InputError(

@@ -42,16 +42,20 @@ class SecAgg(Defense):
 
     name: ClassVar[str] = "secagg"
     hides_messages: ClassVar[bool] = True
-    aliases: ClassVar[Mapping[str, str]] = {"clients": "cohort", "range": "bound_value"}
+    aliases: ClassVar[Mapping[str, str]] = {"clients": "cohort", "range": "value_range"}
     cohort: int | None = None
     bits: int = 32
-    bound_value: float = 8.0
+    value_range: float = 8.0
 
     def __post_init__(self) -> None:
         require(self.cohort is None or self.cohort >= 1, "clients", ">= 1", self.cohort)
         require(self.bits in WORDS, "bits", "32 or 64", self.bits)
-        good = isfinite(self.bound_value) and self.bound_value > 0
-        require(good, "range", "a finite number > 0", self.bound_value)
+        good = isfinite(self.value_range) and self.value_range > 0
+        require(good, "range", "a finite number > 0", self.value_range)
+
+    @property
+    def wanted_cohort(self) -> int | None:
+        return self.cohort
 
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
         if None not in (self.cohort, cohort) and self.cohort != cohort:
@@ -76,15 +80,15 @@ class SecAgg(Defense):
         """Integers per unit. With |Δ| ≤ range and weights that sum to 1, rounding each of K terms by at
         most 1/2 keeps the sum within range · scale + K / 2 < 2^(b-1): it cannot wrap. The factor below
         1 covers the floating-point error of the weights' sum."""
-        return (2 ** (self.bits - 1) - 2 - cohort) * (1 - 2**-40) / self.bound_value
+        return (2 ** (self.bits - 1) - 2 - cohort) * (1 - 2**-40) / self.value_range
 
     def _refuse_out_of_range(self, rows: Tensor, clients: Sequence[int]) -> None:
         largest = rows.abs().amax(dim=1)
         for client, value in zip(clients, largest.tolist(), strict=True):
-            if not value <= self.bound_value:
+            if not value <= self.value_range:
                 raise InputError(
                     f"secagg:range must be at least the largest update entry, {value:.6g} of client "
-                    f"{client}, got {self.bound_value:g}"
+                    f"{client}, got {self.value_range:g}"
                 )
 
 

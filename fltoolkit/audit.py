@@ -79,7 +79,7 @@ class Stage:
         self.attack = registry.make_attack(scene.attack) if isinstance(scene.attack, str) else scene.attack
         self.threat = make_threat(scene.threat)
         named = registry.make_stack(scene.defenses).defenses
-        wanted = [d.cohort for d in named if getattr(d, "cohort", None) is not None]  # type: ignore[attr-defined]
+        wanted = [d.wanted_cohort for d in named if d.wanted_cohort is not None]
         self.clients: int = scene.clients or (wanted[0] if wanted else 1)
         self.stack = registry.make_stack(named, self.clients)
         self.data = load(scene.data) if isinstance(scene.data, str) else scene.data
@@ -90,6 +90,7 @@ class Stage:
                 f"got {scene.batch}"
             )
         self._check_labels()
+        check_loss(scene.loss, self.data.num_classes)
         models.check_fits(self.model(0), self.data.input_shape, self.data.num_classes)
 
     def _check_labels(self) -> None:
@@ -110,7 +111,7 @@ class Stage:
         the data set is used up."""
         size = self.clients * self.scene.batch
         per_pass = len(self.data.train) // size
-        rng = stream(self.scene.seed, "victims", victim // per_pass, "data")
+        rng = stream(self.scene.seed, "victims", victim // per_pass, "draw")
         at = (victim % per_pass) * size
         index = rng.permutation(len(self.data.train))[at : at + size]
         parts = np.split(index, self.clients)
@@ -274,6 +275,15 @@ def check_local(local: LocalSpec) -> None:
     require(local.epochs >= 1, "epochs", ">= 1", local.epochs)
     require(local.batch is None or local.batch >= 1, "local batch", ">= 1 or inf", local.batch)
     require(np.isfinite(local.lr) and local.lr > 0, "lr", "a finite number > 0", local.lr)
+
+
+def check_loss(loss: Loss, num_classes: int) -> None:
+    """Refuse a loss that is already averaged: the round weighs examples itself."""
+    shape = tuple(loss(torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.long)).shape)
+    if shape != (2,):
+        raise InputError(
+            f"loss must give one value an example, shape (2,), got {shape}: use reduction='none'"
+        )
 
 
 def check_device(device: str) -> torch.device:

@@ -40,7 +40,7 @@ def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
 
     about = registry.describe(registry.attack_class(name))
     parser = argparse.ArgumentParser(f"python -m attacks.{name}", description=f"{about}.")
-    add_options(parser, AuditOptions)
+    add_options(parser, AuditOptions, registry.options_of(registry.attack_class(name)))
     parsed = parser.parse_args(argv)
     sys.exit(guarded(lambda: run_audit(name, read_options(AuditOptions, parsed))))
 

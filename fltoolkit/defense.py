@@ -46,10 +46,11 @@ class RoundContext:
 @dataclass(frozen=True)
 class Defense:
     """Base of all defenses: does nothing, promises nothing. Subclasses are frozen dataclasses whose
-    fields are the `key=value` options of the command line."""
+    fields are the `key=value` options of the command line, where `aliases` may rename them."""
 
     name: ClassVar[str] = ""
     hides_messages: ClassVar[bool] = False
+    aliases: ClassVar[Mapping[str, str]] = {}
 
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
         """Raise InputError where this defense cannot work after the ones before it or with this cohort."""
@@ -74,9 +75,20 @@ class Defense:
         """The privacy events of one round."""
         return ()
 
+    @property
+    def acts_on_rows(self) -> bool:
+        """True where `clients` does something."""
+        return type(self).clients is not Defense.clients
+
+    @property
+    def wanted_cohort(self) -> int | None:
+        """The number of clients a round must have, None where any will do."""
+        return None
+
     def public(self) -> Mapping[str, Any]:
-        """The parameters that everybody knows (Kerckhoffs)."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        """The parameters that everybody knows (Kerckhoffs), by their command-line names."""
+        flags = {field: flag for flag, field in self.aliases.items()}
+        return {"name": self.name, **{flags.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}}
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class DefenseStack:
         if not hidden:
             return
         for d in self.defenses[hidden[0] + 1 :]:
-            if type(d).clients is not Defense.clients and getattr(d, "placement", "client") == "client":
+            if d.acts_on_rows:
                 sum_name = self.defenses[hidden[0]].name
                 raise InputError(f"{d.name} acts on clients' rows, so it must come before {sum_name}")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -16,8 +18,13 @@ def flag(default: Any, text: str, metavar: str | None = None, kind: Any = None) 
     return field(default=default, metadata=meta)
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add every field of the dataclass `cls` to `parser`."""
+def add_options(
+    parser: argparse.ArgumentParser, cls: type, known: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Add every field of the dataclass `cls` to `parser`.
+
+    known: what a flag without a default of its own falls back to, for the help text.
+    """
     for f in fields(cls):
         name, default, meta = "--" + f.name.replace("_", "-"), f.default, f.metadata
         assert default is not MISSING, f"{cls.__name__}.{f.name} needs a default"
@@ -32,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                 help=f"{meta['help']} (default: none)",
             )
         else:
-            shown = "" if default is None else f" (default: {default})"
+            fallback = known.get(f.name) if default is None else default
+            shown = "" if fallback is None else f" (default: {fallback})"
             kind = meta["kind"] or (str if default is None else type(default))
             parser.add_argument(
                 name, type=kind, default=default, metavar=meta["metavar"], help=meta["help"] + shown

@@ -71,9 +71,9 @@ def describe(cls: type) -> str:
 
 def options_of(cls: type) -> dict[str, Any]:
     """The command-line options of an attack or defense class and their defaults."""
-    alias = {v: k for k, v in getattr(cls, "aliases", {}).items()}
+    flags = {field: flag for flag, field in getattr(cls, "aliases", {}).items()}
     return {
-        alias.get(f.name, f.name): None if f.default is MISSING else f.default for f in fields(cls) if f.init
+        flags.get(f.name, f.name): None if f.default is MISSING else f.default for f in fields(cls) if f.init
     }
 
 

@@ -143,7 +143,7 @@ def test_a_value_outside_the_range_is_refused_by_client(value):
         SecAgg().secure_sum(values, context([1.0, 1.0]))
 
 
-@pytest.mark.parametrize("option", [{"cohort": 0}, {"bits": 31}, {"bound_value": 0.0}, {"bound_value": -1.0}])
+@pytest.mark.parametrize("option", [{"cohort": 0}, {"bits": 31}, {"value_range": 0.0}, {"value_range": -1.0}])
 def test_impossible_options_are_refused(option):
     with pytest.raises(InputError, match="must be"):
         SecAgg(**option)

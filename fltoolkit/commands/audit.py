@@ -19,7 +19,7 @@ class AuditOptions:
     model: str = flag("lenet", "model: a known name, or module:function for your own", "NAME")
     batch: int = flag(1, "private examples of each client", "N")
     victims: int = flag(1, "independent victims, other images and another initialisation each", "N")
-    restarts: int | None = flag(None, "random starts a victim (default: the attack's)", "R", int)
+    restarts: int | None = flag(None, "random starts a victim, ranked by matching loss", "R", int)
     clients: int | None = flag(
         None, "clients K that the round mixes (default: 1, or what secagg:clients=K asks for)", "K", int
     )
@@ -29,7 +29,7 @@ class AuditOptions:
         "a defense with its parameters, repeatable, applied in order; e.g. clip:norm=0.5",
         "NAME:key=value",
     )
-    steps: int | None = flag(None, "most iterations of a restart (default: the attack's)", "N", int)
+    steps: int | None = flag(None, "most iterations of a restart", "N", int)
     option: tuple[str, ...] = flag((), "another option of the attack, repeatable", "key=value")
     local_epochs: int = flag(1, "local epochs E", "E")
     local_batch: int | None = flag(

@@ -19,6 +19,10 @@ def run_list() -> int:
         },
         "threat models": {n: t.about for n, t in THREATS.items()},
         "models": {n: m.about for n, m in MODELS.items()},
+        "partitions": {
+            "iid": "equal random parts",
+            "shards": "sorted by label, two shards a client (McMahan et al. 2017)",
+        },
         "data sets": {n: d.about for n, d in DATASETS.items()},
     }
     for title, entries in sections.items():

@@ -6,7 +6,7 @@ parameters, for every row of a stack of guesses at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class GradientMatching:
         buffers = [dict(o.model.named_buffers()) for o in observations]
         self._buffers = {n: torch.stack([b[n] for b in buffers]) for n in buffers[0]}
         self.inputs = self.batch * torch.Size(self.shape).numel()
+        self._buffer = torch.empty(0)
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -87,12 +88,21 @@ class GradientMatching:
         x, y = self.decode(z, owner)
         buffers = {n: b[owner] for n, b in self._buffers.items()}
         gradients = vmap(grad(self._batch_loss))(self.layout.unflatten(params), buffers, x, y)
-        distances = [
-            (gradients[n] - t).square().flatten(1).sum(1) for n, t in self.layout.unflatten(target).items()
-        ]
-        loss = torch.stack(distances).sum(0)
-        (gradient,) = torch.autograd.grad(loss.sum(), z)
-        return loss.detach(), gradient
+        residual = self._residual(gradients, target)
+        loss = torch.bmm(residual[:, None], residual[:, :, None]).flatten()
+        # ∇_z ‖g(z) − t‖² = 2 (∂g/∂z)ᵀ (g(z) − t): the residual is the cotangent, no graph through the norm.
+        cotangents = self.layout.unflatten(residual)
+        (half,) = torch.autograd.grad(list(gradients.values()), z, [cotangents[n] for n in gradients])
+        return loss, 2 * half
+
+    def _residual(self, gradients: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """g − t `[S, D]`, in a buffer that evaluations share: fresh memory would cost more than the sum."""
+        if self._buffer.shape != target.shape:
+            self._buffer = torch.empty_like(target)
+        wanted = self.layout.unflatten(target)
+        for name, out in self.layout.unflatten(self._buffer).items():
+            torch.sub(gradients[name].detach(), wanted[name], out=out)
+        return self._buffer
 
     def _batch_loss(
         self, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor

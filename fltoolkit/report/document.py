@@ -34,7 +34,9 @@ def command_line() -> str:
     if spec is not None and spec.name:
         program = f"python -m {spec.name.removesuffix('.__main__')}"
     else:
-        program = Path(sys.argv[0]).name or "python"
+        script = Path(sys.argv[0])
+        near = script.is_relative_to(Path.cwd()) if script.is_absolute() else True
+        program = f"python {script.relative_to(Path.cwd()) if near and script.is_absolute() else script.name}"
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 

@@ -40,7 +40,7 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
             axis.set_xlabel(labels[column], fontsize=9, color=INK)
             if row == 0:
                 axis.set_title(heads[column], fontsize=10, color=INK)
-    axis = figure.add_subplot(grid[:, 4])
+    axis = figure.add_subplot(grid[: min(2, len(pairs)), 4])
     for v in dict.fromkeys(v for v, _ in pairs):
         trace = victims[v].found.trace.clamp_min(1e-20).numpy()
         axis.semilogy(np.arange(len(trace)), trace, color=ACCENT, alpha=0.75, linewidth=1.4)

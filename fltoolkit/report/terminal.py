@@ -14,28 +14,31 @@ SHOWN_ROWS = 20
 class Bar:
     """Progress on stderr: one line that redraws on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, label: str, every: float = 5.0) -> None:
+    def __init__(self, label: str, every: float = 2.0) -> None:
         self.label, self.every = label, every
         self.begun = self.last = time.monotonic()
         self.live = sys.stderr.isatty()
-        self.drawn = False
+        self.pending = ""
 
     def __call__(self, done: int, of: int, text: str) -> None:
         now = time.monotonic()
+        self.pending = f"{self.label} {done}/{of}  {text}  {now - self.begun:.0f} s"
         if now - self.last < (0.2 if self.live else self.every) and done != of:
             return
         self.last = now
-        line = f"{self.label} {done}/{of}  {text}  {now - self.begun:.0f} s"
-        if self.live:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            self.drawn = True
-        else:
-            sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+        self._draw()
 
     def close(self) -> None:
-        if self.drawn:
+        """Show where it ended."""
+        if self.pending:
+            self._draw()
+        if self.live:
             sys.stderr.write("\n")
+
+    def _draw(self) -> None:
+        sys.stderr.write(f"\r\x1b[K{self.pending}" if self.live else f"{self.pending}\n")
+        sys.stderr.flush()
+        self.pending = ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

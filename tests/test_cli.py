@@ -1,0 +1,164 @@
+"""The command line as a user meets it: in its own process, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from fltoolkit import cli
+from fltoolkit.report.document import schema
+
+QUICK = ["--data", "digits", "--model", "mlp", "--steps", "40"]
+
+
+def shell(*arguments, cwd):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg"])
+def test_attack_command_writes_its_files_and_a_table(name, tmp_path):
+    done = shell(f"attacks.{name}", "--batch", "1", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"{name}-")
+    assert sorted(p.name for p in folder.iterdir()) == ["reconstruction.png", "report.json"]
+    report = json.loads((folder / "report.json").read_text())
+    jsonschema.validate(report, schema())
+    assert report["command"].startswith(f"python -m attacks.{name} --batch 1 --data digits")
+    assert Image.open(folder / "reconstruction.png").size[0] > 800
+    for word in ("true label", "recovered", "PSNR dB", "SSIM", "MSE", "gain dB", "iterations", "seconds"):
+        assert word in done.stdout
+    assert "matching loss" in done.stderr
+    assert "PSNR" not in done.stderr
+
+
+def test_json_is_one_object_alone_on_stdout(tmp_path):
+    done = shell("attacks.idlg", *QUICK, "--victims", "2", "--json", "--out", "o", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert report == json.loads((tmp_path / "o" / "report.json").read_text())
+    assert len(report["metrics"]["psnr_db"]["values"]) == 2
+
+
+def test_both_doors_lead_to_the_same_numbers(tmp_path):
+    flags = [*QUICK, "--defense", "clip:norm=0.5", "--defense", "gaussian:noise_multiplier=0.1", "--json"]
+    one = json.loads(shell("attacks.idlg", *flags, "--out", "a", cwd=tmp_path).stdout)
+    two = json.loads(
+        shell("fltoolkit", "audit", "--attack", "idlg", *flags, "--out", "b", cwd=tmp_path).stdout
+    )
+    assert one["metrics"] == two["metrics"]
+    assert [d["name"] for d in two["defenses"]] == ["clip", "gaussian"]
+    assert two["epsilon"]["message"] is None
+    assert two["epsilon"]["aggregate"] == pytest.approx(91.82, abs=0.1)
+
+
+def test_train_writes_curve_checkpoint_and_report_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["train", "--clients", "20", "--fraction", "0.3", "--defense", "clip:norm=1", "--json"]
+    assert cli.main([*flags, "--rounds", "4", "--out", "whole"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert sorted(os.listdir("whole")) == ["accuracy.png", "checkpoint.pt", "report.json"]
+    assert cli.main([*flags, "--rounds", "2", "--out", "half"]) == 0
+    capsys.readouterr()
+    assert cli.main([*flags, "--rounds", "4", "--out", "half", "--resume"]) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert [a["round"] for a in whole["accuracy"]] == [1, 2, 3, 4]
+    assert cli.main([*flags, "--rounds", "5", "--out", "half", "--resume", "--lr", "0.3"]) == 2
+    assert "error: lr must be 0.5 as in the checkpoint" in capsys.readouterr().err
+
+
+def test_training_learns_the_digits(tmp_path, capsys):
+    assert cli.main(["train", "--rounds", "25", "--json", "--out", str(tmp_path / "o")]) == 0
+    accuracy = json.loads(capsys.readouterr().out)["accuracy"][-1]
+    assert 0.8 < accuracy["value"] < 0.97
+    low, high = accuracy["ci95"]
+    assert low < accuracy["value"] < high
+
+
+def test_training_with_a_looker_on_and_noise_reports_both(tmp_path, capsys):
+    flags = ["--clients", "700", "--fraction", "0.02", "--epochs", "1", "--batch", "inf", "--rounds", "3"]
+    defense = ["--defense", "clip:norm=1", "--defense", "gaussian:noise_multiplier=2"]
+    out = ["--json", "--out", str(tmp_path / "o")]
+    assert (
+        cli.main(["train", *flags, *defense, "--attack", "idlg:steps=60", "--attack-every", "2", *out]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert [look["round"] for look in report["leakage"]] == [1, 3]
+    assert report["epsilon"]["message"] is None
+    assert 3 < report["epsilon"]["aggregate"] < 5
+    assert (tmp_path / "o" / "reconstruction.png").exists()
+
+
+def test_list_names_everything_there_is(capsys):
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("dlg", "idlg", "clip:norm", "gaussian:", "secagg", "server", "aggregate", "2nn", "lenet"):
+        assert f"  {name}" in out
+    for name in ("digits", "photos", "mnist", "folder", "threat models:", "partitions:", "shards"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--defense", "clip:norm=-1"], "error: norm must be a finite number > 0, got -1.0"),
+        (["--defense", "klip"], "unknown defense 'klip'; did you mean 'clip'?"),
+        (["--data", "folder:/no/such"], "data folder must be readable, got '/no/such'"),
+        (["--model", "2nn", "--data", "nothing"], "unknown data set 'nothing'"),
+        (["--batch", "500"], "batch must be at most the data's 100 examples"),
+        (["--option", "hystory=3"], "unknown option of attack dlg 'hystory'; did you mean 'history'?"),
+        (["--out", "/dev/null/x"], "out must be a folder that can be written"),
+        (["--restarts", "0"], "restarts must be >= 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["audit", "--attack", "dlg", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "photos"], "data must have a test part to train on, got 'photos'"),
+        (["--clients", "5000"], "clients must leave each part an example"),
+        (["--fraction", "1.5"], "fraction must be between 0 and 1, got 1.5"),
+        (["--partition", "random"], "unknown partition 'random'"),
+        (["--attack", "delge"], "unknown attack 'delge'"),
+        (["--rounds", "0"], "rounds must be >= 1, got 0"),
+    ],
+)
+def test_bad_training_input_too(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["audit", "--attack", "dlg"], ["train"]])
+def test_help_gives_every_flag_a_text(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("default") >= 12
+
+
+def test_attack_help_shows_the_attacks_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.attack_main("dlg", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "ranked by matching loss (default: 4)" in text
+    assert "most iterations of a restart (default: 3000)" in text

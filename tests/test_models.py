@@ -1,0 +1,109 @@
+"""The papers' models: sizes, starts, and what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fltoolkit import models
+from fltoolkit.errors import InputError
+
+
+def built(name, shape=(1, 28, 28), classes=10, seed=0):
+    return models.build(name, shape, classes, torch.Generator().manual_seed(seed))
+
+
+def make_users_model(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
+
+
+def make_nothing(shape, classes):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "parameters"),
+    [
+        ("2nn", (1, 28, 28), 10, 199_210),
+        ("cnn", (1, 28, 28), 10, 1_663_370),
+        ("lenet", (3, 32, 32), 100, 85_036),
+        ("mlp", (1, 8, 8), 10, 19_210),
+        ("softmax", (1, 28, 28), 10, 7_850),
+    ],
+)
+def test_parameter_counts(name, shape, classes, parameters):
+    model = built(name, shape, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    models.check_fits(model, shape, classes)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 33, 21)])
+def test_models_adapt_to_the_shape_and_start_from_their_generator_alone(name, shape):
+    state = torch.random.get_rng_state()
+    first, same, other = built(name, shape), built(name, shape), built(name, shape, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    models.check_fits(first, shape, 10)
+    pairs = list(zip(first.parameters(), same.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+
+
+def test_lenet_starts_uniform_within_a_half():
+    model = built("lenet", (3, 32, 32), 100)
+    for p in (model[0].weight, model[-1].weight, model[-1].bias):
+        assert p.abs().max() <= 0.5
+        assert p.std().item() == pytest.approx(1 / 12**0.5, rel=0.15)
+
+
+def test_the_others_start_as_pytorch_does():
+    ours, theirs = built("2nn"), nn.Linear(784, 200)
+    assert ours[1].weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.02)
+    assert ours[1].bias.abs().max() <= 1 / 28
+    assert built("cnn")[0].weight.abs().max().item() == pytest.approx(1 / 5, rel=0.05)
+
+
+def test_users_model_by_module_and_function():
+    model = built("test_models:make_users_model", (1, 4, 4), 3)
+    assert sum(p.numel() for p in model.parameters()) == 51
+    again = built("test_models:make_users_model", (1, 4, 4), 3)
+    assert torch.equal(model[1].weight, again[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lanet", r"unknown model 'lanet'; did you mean 'lenet'\? \(known: 2nn, cnn"),
+        ("no.such.module:f", "model must name an importable module:function"),
+        ("test_models:nothing_here", "model must name an importable module:function"),
+        ("test_models:make_nothing", "must return a torch.nn.Module, got NoneType"),
+    ],
+)
+def test_models_that_cannot_be_built(name, message):
+    with pytest.raises(InputError, match=message):
+        built(name)
+
+
+def test_image_too_small_for_the_network():
+    with pytest.raises(InputError, match="at least 4x4, got inputs"):
+        built("cnn", (1, 3, 3))
+
+
+def test_what_does_not_fit_is_refused():
+    model = built("2nn")
+    with pytest.raises(InputError, match=r"model must accept inputs of shape \(3, 32, 32\)"):
+        models.check_fits(model, (3, 32, 32), 10)
+    with pytest.raises(InputError, match=r"model must give 7 logits an example, got output shape \(2, 10\)"):
+        models.check_fits(model, (1, 28, 28), 7)
+    with pytest.raises(InputError, match="no trainable parameters"):
+        models.check_fits(nn.Flatten(), (1, 28, 28), 784)
+    with torch.no_grad():
+        model[3].bias[0] = torch.nan
+    with pytest.raises(InputError, match=r"got NaN or infinity in layer '3\.bias'"):
+        models.check_fits(model, (1, 28, 28), 10)
+
+
+def test_check_leaves_the_model_as_it_was():
+    model = built("2nn").train()
+    models.check_fits(model, (1, 28, 28), 10)
+    assert model.training
