@@ -117,3 +117,15 @@ def test_a_start_that_is_not_finite_stalls_and_the_others_go_on():
     assert optimiser.stalled[1]
     assert optimiser.loss[1] == torch.inf
     assert (optimiser.loss[[0, 2]] < 1e-8).all()
+
+
+def test_where_every_step_climbs_the_row_stays_and_stalls():
+    def lying(z, rows):
+        return (z**2).sum(1), -2 * z
+
+    optimiser = LBFGS(lying, torch.full((2, 3), 1.5), 5)
+    for _ in range(3):
+        optimiser.step()
+    assert optimiser.z.tolist() == [[1.5] * 3] * 2
+    assert optimiser.loss.tolist() == [6.75] * 2
+    assert optimiser.stalled.all()
