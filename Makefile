@@ -12,7 +12,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m attacks.dlg --batch 1 --out runs/demo-dlg
 	$(BIN)/python -m fltoolkit train --data digits --clients 1437 --fraction 0.1 --epochs 1 --batch inf --lr 0.3 \
-		--rounds 100 --attack idlg --attack-every 25 --out runs/demo-train
+		--rounds 100 --attack dlg --attack-every 25 --out runs/demo-train
 	@echo
 	@echo "Pictures and reports of this demo:"
 	@ls runs/demo-dlg/*.png runs/demo-dlg/*.json runs/demo-train/*.png runs/demo-train/*.json

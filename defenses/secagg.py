@@ -5,8 +5,8 @@ on a seed, expands it to a mask of D uniform numbers modulo 2^b, and one adds wh
 Each message alone is uniform; in the sum all masks cancel and the server reads Σ w_k Δ_k exactly as
 encoded. Seeds are agreed by X25519 and derived by HKDF-SHA256; masks are AES-256-CTR keystreams.
 
-This is the protocol without dropouts: every client that advertised a key must send its message. The
-self-masks and secret shares that survive dropouts are not part of it.
+This is section 4.0.1, the protocol without dropouts: every client that advertised a key must send its
+message. The self-masks and Shamir shares that survive dropouts come in a later version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch import Tensor
 from fltoolkit.defense import Defense, RoundContext
 from fltoolkit.errors import InputError, require
 
-WORDS: dict[int, np.dtype] = {32: np.dtype("<u4"), 64: np.dtype("<u8")}
 LABEL = b"fltoolkit secagg pairwise mask v1"
 
 
@@ -36,8 +35,9 @@ class SecAgg(Defense):
     """Hide every message behind masks that cancel in the sum; exact modular sum, no ε by itself.
 
     clients: the cohort size K it insists on (None: any); K = 1 has nothing to hide behind. bits: b, the
-    arithmetic is modulo 2^b, 32 or 64. range: bound on the absolute value of an update's coordinates;
-    a larger one is refused, never clipped. The decoded mean is within K / (2 · scale) of the real one.
+    arithmetic is modulo 2^b, 16 to 64. range: bound on the absolute value of an update's coordinates;
+    a larger one is refused, never clipped. The decoded mean is within K / (2 · scale) of the real one,
+    up to the rounding of float64 and of the rows' own type.
     """
 
     name: ClassVar[str] = "secagg"
@@ -49,9 +49,9 @@ class SecAgg(Defense):
 
     def __post_init__(self) -> None:
         require(self.cohort is None or self.cohort >= 1, "clients", ">= 1", self.cohort)
-        require(self.bits in WORDS, "bits", "32 or 64", self.bits)
-        good = isfinite(self.value_range) and self.value_range > 0
-        require(good, "range", "a finite number > 0", self.value_range)
+        require(self.bits in range(16, 65), "bits", "an integer from 16 to 64", self.bits)
+        good = isfinite(self.value_range) and self.value_range >= 1e-30
+        require(good, "range", "a finite number >= 1e-30", self.value_range)
 
     @property
     def wanted_cohort(self) -> int | None:
@@ -62,17 +62,23 @@ class SecAgg(Defense):
             raise InputError(f"secagg:clients must equal the round's cohort of {cohort}, got {self.cohort}")
 
     def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
-        """Masked messages as int64 `[K, D]` (the b-bit pattern) and the decoded weighted mean `[D]`."""
+        """Masked messages as int64 `[K, D]` and the decoded weighted mean `[D]`, like the rows.
+
+        The int64 holds the integer modulo 2^b; for b = 64 it is the same bit pattern read as signed.
+        The weights are renormalised in float64: in float32 they sum to 1 only up to rounding.
+        """
+        self.check(ctx.sensitivity, len(rows))
+        require(len(set(ctx.clients)) == len(rows), "clients of a round", "distinct", ctx.clients)
         self._refuse_out_of_range(rows, ctx.clients)
         scale = self.scale(len(rows))
         weights = ctx.weights.double() / ctx.weights.double().sum()
         members = [Member(c) for c in ctx.clients]
         keys = [m.public_key for m in members]
         messages = [
-            m.message(encode(row * w, scale, self.bits), keys, ctx.clients, ctx.round)
+            m.message(encode(row * w, scale, self.bits), keys, ctx.clients, ctx.round, self.bits)
             for m, row, w in zip(members, _doubles(rows), weights.tolist(), strict=True)
         ]
-        total = decode(server_sum(messages), scale)
+        total = decode(server_sum(messages), scale, self.bits)
         sent = np.stack(messages).astype(np.int64)
         return torch.from_numpy(sent).to(rows.device), torch.from_numpy(total).to(rows)
 
@@ -80,15 +86,18 @@ class SecAgg(Defense):
         """Integers per unit. With |Δ| ≤ range and weights that sum to 1, rounding each of K terms by at
         most 1/2 keeps the sum within range · scale + K / 2 < 2^(b-1): it cannot wrap. The factor below
         1 covers the floating-point error of the weights' sum."""
-        return (2 ** (self.bits - 1) - 2 - cohort) * (1 - 2**-40) / self.value_range
+        room = 2 ** (self.bits - 1) - 2 - cohort
+        require(room > 0, "bits", f"large enough to add up {cohort} clients", self.bits)
+        return room * (1 - 2**-40) / self.value_range
 
     def _refuse_out_of_range(self, rows: Tensor, clients: Sequence[int]) -> None:
         largest = rows.abs().amax(dim=1)
         for client, value in zip(clients, largest.tolist(), strict=True):
-            if not value <= self.value_range:
+            require(isfinite(value), f"update of client {client}", "finite", value)
+            if value > self.value_range:
                 raise InputError(
-                    f"secagg:range must be at least the largest update entry, {value:.6g} of client "
-                    f"{client}, got {self.value_range:g}"
+                    f"secagg:range must be at least the largest update entry, {value} of client "
+                    f"{client}, got {self.value_range}"
                 )
 
 
@@ -101,7 +110,7 @@ class Member:
         self.public_key = self._key.public_key().public_bytes_raw()
 
     def message(
-        self, plain: np.ndarray, keys: Sequence[bytes], identities: Sequence[int], number: int
+        self, plain: np.ndarray, keys: Sequence[bytes], identities: Sequence[int], number: int, bits: int
     ) -> np.ndarray:
         """The encoded update plus the masks shared with later members, minus those with earlier ones."""
         masked = plain.copy()
@@ -113,7 +122,7 @@ class Member:
                 masked += mask
             else:
                 masked -= mask
-        return masked
+        return reduce(masked, bits)
 
     def _mask(self, other: int, key: bytes, number: int, like: np.ndarray) -> np.ndarray:
         secret = self._key.exchange(X25519PublicKey.from_public_bytes(key))
@@ -124,28 +133,40 @@ class Member:
 
 
 def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
-    """Uniform integers modulo 2^b in the shape and type of `like`: the AES-256-CTR keystream of `seed`.
-    A seed is used once, so the counter may start at zero."""
+    """Uniform words in the shape and type of `like`: the AES-256-CTR keystream of `seed`. A seed is used
+    once, so the counter may start at zero. A uniform word is also uniform modulo 2^b."""
     cipher = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
     return np.frombuffer(cipher.update(bytes(like.nbytes)), like.dtype)
 
 
 def encode(values: np.ndarray, scale: float, bits: int) -> np.ndarray:
     """Fixed point: round(value · scale) modulo 2^b."""
-    return np.rint(values * scale).astype(np.int64).astype(WORDS[bits])
+    return reduce(np.rint(values * scale).astype(np.int64).astype(word(bits)), bits)
+
+
+def word(bits: int) -> np.dtype:
+    """The smallest unsigned little-endian word that holds b bits. 2^b divides its modulus, so adding
+    words and reducing at the end is adding modulo 2^b."""
+    return np.min_scalar_type(2**bits - 1).newbyteorder("<")
+
+
+def reduce(words: np.ndarray, bits: int) -> np.ndarray:
+    """Words modulo 2^b."""
+    return words & words.dtype.type(2**bits - 1)
 
 
 def server_sum(messages: Sequence[np.ndarray]) -> np.ndarray:
-    """All that the server does: add the messages modulo 2^b."""
+    """All that the server does before it decodes: add the messages, word by word."""
     total = messages[0].copy()
     for m in messages[1:]:
         total += m
     return total
 
 
-def decode(total: np.ndarray, scale: float) -> np.ndarray:
+def decode(total: np.ndarray, scale: float, bits: int) -> np.ndarray:
     """The signed reading of a sum modulo 2^b, in units of the update, float64."""
-    signed = total.view(np.dtype(f"<i{total.itemsize}"))
+    spare = 8 * total.itemsize - bits
+    signed = (total << spare).view(np.dtype(f"<i{total.itemsize}")) >> spare
     return signed.astype(np.float64) / scale
 
 

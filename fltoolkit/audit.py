@@ -162,7 +162,8 @@ def _report(
     return {
         "schema": document.AUDIT_SCHEMA,
         "command": document.command_line(),
-        "attack": {"name": stage.attack.name, **asdict(stage.attack)},
+        "attack": stage.attack.name,
+        "attack_options": asdict(stage.attack),
         "data": stage.data.name,
         "model": scene.model if isinstance(scene.model, str) else type(scene.model).__name__,
         "threat": stage.threat.name,
