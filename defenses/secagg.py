@@ -5,8 +5,8 @@ on a seed, expands it to a mask of D uniform numbers modulo 2^b, and one adds wh
 Each message alone is uniform; in the sum all masks cancel and the server reads Σ w_k Δ_k exactly as
 encoded. Seeds are agreed by X25519 and derived by HKDF-SHA256; masks are AES-256-CTR keystreams.
 
-This is section 4.0.1, the protocol without dropouts: every client that advertised a key must send its
-message. The self-masks and Shamir shares that survive dropouts come in a later version.
+This is that section's first step, without dropouts: every client that advertised a key must send its
+message. There are no self-masks and no Shamir shares, so a missing message makes the sum unreadable.
 """
 
 from __future__ import annotations

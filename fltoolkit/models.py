@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -115,19 +116,28 @@ def check_fits(model: nn.Module, input_shape: Shape, num_classes: int) -> None:
     bad = layout.first_non_finite(layout.row(model))
     if bad is not None:
         raise InputError(f"model must have finite parameters, got NaN or infinity in layer {bad!r}")
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = model(torch.zeros(2, *input_shape, device=device))
-    except (RuntimeError, ValueError, TypeError, IndexError) as e:
-        first = str(e).splitlines()[0]
+    except Exception as e:  # a user's forward pass may raise anything
+        first = (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"model must accept inputs of shape {tuple(input_shape)}, got: {first}") from e
-    finally:
-        model.train(training)
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (2, num_classes):
         raise InputError(f"model must give {num_classes} logits an example, got output shape {shape} for 2")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule has its own mode back, frozen ones too."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _users(name: str, shape: Shape, classes: int, rng: torch.Generator) -> nn.Module:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
+import shutil
 import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,7 @@ import torch
 from PIL import Image
 
 from fltoolkit.data import load
-from fltoolkit.data.idx import MNIST, read_idx
+from fltoolkit.data.idx import FILES, IdxSource, load_idx, read_idx
 from fltoolkit.data.photos import FACE, three_photographs
 from fltoolkit.errors import InputError
 
@@ -125,19 +131,41 @@ def test_mnist_nowhere_says_what_to_do(tmp_path, monkeypatch):
         load("mnist")
 
 
-def test_mnist_download_is_checked(tmp_path, monkeypatch):
-    """A file with other content than the published one does not get through."""
-    import pooch
-    from pooch import retrieve
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
-    bad = tmp_path / "served.gz"
-    write_idx(bad, (1, 28, 28), bytes(784))
+
+@pytest.fixture
+def server(tmp_path):
+    """(folder, URL): a local HTTP server over the folder."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{http.server_port}/"
+        http.shutdown()
+
+
+def small_idx_source(folder, url):
+    """A data set of three training images and two test images that the server offers."""
+    for name, dims in zip(FILES, [(3, 2, 2), (3,), (2, 2, 2), (2,)], strict=True):
+        write_idx(folder / f"{name}.gz", dims, bytes(range(prod(dims))))
+    md5 = {f: hashlib.md5((folder / f"{f}.gz").read_bytes()).hexdigest() for f in FILES}
+    return IdxSource("small", url, md5)
+
+
+def test_download_is_cached_and_a_file_with_other_content_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.delenv("FLTOOLKIT_DATA", raising=False)
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache")
-    monkeypatch.setattr(pooch, "retrieve", lambda url, known, **k: retrieve(bad.as_uri(), known, **k))
-    with pytest.raises(InputError, match="must be at hand or downloadable"):
-        load("mnist")
-    assert set(MNIST.md5.values()) != {pooch.file_hash(str(bad), "md5")}
+    monkeypatch.setattr("pooch.os_cache", lambda project: tmp_path / "cache" / project)
+    folder, url = server
+    source = small_idx_source(folder, url)
+    assert load_idx(source).train.y.tolist() == [0, 1, 2]
+    write_idx(folder / f"{FILES[1]}.gz", (3,), bytes([9, 9, 9]))
+    assert load_idx(source).train.y.tolist() == [0, 1, 2]
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(InputError, match=rf"{FILES[1]}.gz gave: (?s:.)*hash"):
+        load_idx(source)
 
 
 def paint(path, colour, size=(60, 40)):
@@ -169,6 +197,19 @@ def test_folder_keeps_the_middle_square(tmp_path):
     picture.paste((255, 255, 255), (32, 0, 64, 32))
     picture.save(tmp_path / "p.png")
     assert load(f"folder:{tmp_path}").train.x.min() == 1.0
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    paint(tmp_path / "1.png", (0, 0, 0))
+    (tmp_path / "._1.png").write_bytes(b"a resource fork")
+    assert len(load(f"folder:{tmp_path}").train) == 1
+
+
+def test_sixteen_bit_grey_keeps_its_tones(tmp_path):
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    x = load(f"folder:{tmp_path}").train.x
+    assert x.shape == (1, 3, 32, 32)
+    assert (x - 40_000 / 65_535).abs().max() < 1 / 255
 
 
 def test_bad_folders_are_refused(tmp_path):

@@ -104,6 +104,25 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_check_leaves_the_model_as_it_was():
-    model = built("2nn").train()
-    models.check_fits(model, (1, 28, 28), 10)
+    """A frozen part of a model in training stays frozen, and running statistics stay."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    model[1].eval()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    models.check_fits(model, (1, 2, 2), 3)
+    assert [m.training for m in model] == [True, False, True, True]
     assert model.training
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
+class RaisesOddly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        raise KeyError
+
+
+def test_a_forward_pass_that_raises_anything_is_refused():
+    with pytest.raises(InputError, match=r"model must accept inputs of shape \(4,\), got: KeyError"):
+        models.check_fits(RaisesOddly(), (4,), 3)

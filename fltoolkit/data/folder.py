@@ -40,13 +40,22 @@ def load_folder(path: str) -> Dataset:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    """Hidden files are no images, whatever their names end in (macOS leaves `._name.png` beside copies)."""
+    files = (p for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted(p for p in files if p.suffix.lower() in SUFFIXES)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey divided by 257, where Pillow's own conversion would saturate at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
 
 
 def _read(path: Path) -> torch.Tensor:
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _eight_bits(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as e:
         raise InputError(f"image must be readable, got {str(path)!r}: {e}") from e
     side = min(rgb.size)

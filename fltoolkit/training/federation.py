@@ -17,6 +17,7 @@ from fltoolkit.algorithms.fedavg import fedavg, select_clients
 from fltoolkit.defense import RoundContext
 from fltoolkit.errors import InputError
 from fltoolkit.metrics.interval import rate_interval
+from fltoolkit.models import evaluating
 from fltoolkit.report.files import write_atomic
 from fltoolkit.training.round import Task
 from fltoolkit.types import Examples, Layout, Transcript
@@ -83,16 +84,11 @@ def federate(
 def count_correct(task: Task, params: Tensor, test: Examples, batch: int = 2000) -> int:
     """Test examples whose largest logit is the label's, in evaluation mode."""
     weights = Layout.of(task.model).unflatten(params)
-    training = task.model.training
-    task.model.eval()
-    try:
-        with torch.no_grad():
-            return sum(
-                int((functional_call(task.model, weights, (x,)).argmax(-1) == y).sum())
-                for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True)
-            )
-    finally:
-        task.model.train(training)
+    with evaluating(task.model), torch.no_grad():
+        return sum(
+            int((functional_call(task.model, weights, (x,)).argmax(-1) == y).sum())
+            for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True)
+        )
 
 
 def save(path: Path, state: State, config: dict[str, Any]) -> None:
