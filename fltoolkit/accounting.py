@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from math import inf
 
 from fltoolkit.errors import require
 from fltoolkit.types import PrivacyEvent
+
+RELATIVE_GRID = 3e-5
+"""Width of the privacy loss grid as a part of ε."""
 
 Rounds = Sequence[tuple[PrivacyEvent, ...]]
 """The events of each round."""
@@ -37,7 +41,7 @@ def epsilon(rounds: Rounds, views: frozenset[str], delta: float) -> float:
         if not releases:
             return inf
         for alternatives in releases.values():
-            counts[min(alternatives, key=lambda e: _single(e, delta))] += 1
+            counts[_best(tuple(alternatives), delta)] += 1
     return _compose(counts, delta)
 
 
@@ -51,14 +55,25 @@ def epsilon_by_view(rounds: Rounds, messages_hidden: bool, delta: float) -> dict
     }
 
 
-def _single(event: PrivacyEvent, delta: float) -> float:
-    return _compose({event: 1}, delta)
+@cache
+def _best(alternatives: tuple[PrivacyEvent, ...], delta: float) -> PrivacyEvent:
+    """The guarantee with the smallest ε. Cached: rounds repeat the same events."""
+    if len(alternatives) == 1:
+        return alternatives[0]
+    return min(alternatives, key=lambda e: _compose({e: 1}, delta))
 
 
 def _compose(counts: dict[PrivacyEvent, int], delta: float) -> float:
+    """From the PLD accountant. Its grid is a fixed part of a first estimate, so that ε = 0.02 and ε = 2,000
+    come out to the same relative precision at the same cost."""
     from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
 
-    accountant = PLDAccountant()
+    rough = RdpAccountant()
+    for e, count in counts.items():
+        rough.compose(e.event, count)
+    grid = min(max(float(rough.get_epsilon(delta)) * RELATIVE_GRID, 1e-7), 1e3)
+    accountant = PLDAccountant(value_discretization_interval=grid)
     for e, count in counts.items():
         accountant.compose(e.event, count)
     return float(accountant.get_epsilon(delta))

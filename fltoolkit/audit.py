@@ -123,7 +123,8 @@ class Stage:
         model = self.model(victim).to(self.device)
         task = Task(model, scene.loss, scene.local, self.stack, scene.seed)
         params = self.threat.broadcast(Layout.of(model).row(model))
-        transcript = run_round(task, params, range(self.clients), self.private(victim), victim)
+        transcript = run_round(task, params, range(self.clients), self.private(victim), victim).transcript
+        assert transcript is not None
         return transcript, task.public(self.data)
 
 
@@ -276,6 +277,9 @@ def check_local(local: LocalSpec) -> None:
     require(local.epochs >= 1, "epochs", ">= 1", local.epochs)
     require(local.batch is None or local.batch >= 1, "local batch", ">= 1 or inf", local.batch)
     require(np.isfinite(local.lr) and local.lr > 0, "lr", "a finite number > 0", local.lr)
+    require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
+    good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
+    require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
 
 
 def check_loss(loss: Loss, num_classes: int) -> None:

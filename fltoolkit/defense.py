@@ -91,17 +91,6 @@ class Defense:
         return {"name": self.name, **{flags.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}}
 
 
-@dataclass(frozen=True)
-class Protected:
-    """What the defenses made of a round; see `Transcript`."""
-
-    messages: Tensor
-    messages_hidden: bool
-    total: Tensor
-    aggregate: Tensor
-    events: tuple[PrivacyEvent, ...]
-
-
 class DefenseStack:
     """A checked list of defenses that acts as one.
 
@@ -149,17 +138,21 @@ class DefenseStack:
     def _in(self, ctx: RoundContext) -> list[tuple[Defense, RoundContext]]:
         return [(d, replace(ctx, sensitivity=b, name=n)) for d, b, n in self._steps]
 
-    def protect(self, rows: Tensor, ctx: RoundContext) -> Protected:
-        """Run one round: rows `[K, D]` -> messages, aggregate and events. `rows` is left untouched."""
-        steps = self._in(ctx)
-        for d, c in steps:
+    def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
+        """What clients send instead of `rows [K, D]`, before any secure sum. `rows` is left untouched."""
+        for d, c in self._in(ctx):
             rows = d.clients(rows, c)
-        hiding = [(d, c) for d, c in steps if d.hides_messages]
-        if hiding:
-            messages, total = hiding[0][0].secure_sum(rows, hiding[0][1])
-        else:
-            messages, total = rows, ctx.weights @ rows
-        aggregate = total
-        for d, c in reversed(steps):
-            aggregate = d.server(aggregate, c)
-        return Protected(messages, bool(hiding), total, aggregate, self.events(ctx))
+        return rows
+
+    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
+        """The messages `[K, ...]` that reach the server and their weighted mean `[D]`."""
+        for d, c in self._in(ctx):
+            if d.hides_messages:
+                return d.secure_sum(rows, c)
+        return rows, ctx.weights @ rows
+
+    def server(self, total: Tensor, ctx: RoundContext) -> Tensor:
+        """The aggregate `[D]` that the server releases."""
+        for d, c in reversed(self._in(ctx)):
+            total = d.server(total, c)
+        return total

@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORE = -100
+"""Where there is nothing to predict in a sequence of labels."""
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Softmax cross-entropy; y holds class indices `[N]` or distributions `[N, classes]`."""
+    """Softmax cross-entropy. y holds class indices `[N]` or distributions `[N, classes]`.
+
+    For logits `[N, T, V]` of sequences, y holds token indices `[N, T]` or IGNORE, and an example's loss is
+    the mean over its tokens (0 where it has none).
+    """
+    if logits.dim() == 3:
+        losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=IGNORE)
+        return losses.sum(1) / (y != IGNORE).sum(1).clamp_min(1)
     return F.cross_entropy(logits, y, reduction="none")

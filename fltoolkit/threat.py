@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fltoolkit.types import Layout, LocalSpec, Loss, Observation, Transcript
+from fltoolkit.types import Layout, Loss, Observation, Transcript
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Public:
     input_shape: tuple[int, ...]
     input_range: tuple[float, float]
     num_classes: int
-    local: LocalSpec
     defenses: tuple[Mapping[str, Any], ...]
 
 
@@ -102,7 +101,7 @@ def _observation(
         input_shape=public.input_shape,
         input_range=public.input_range,
         num_classes=public.num_classes,
-        local=public.local,
+        local=transcript.local,
         defenses=public.defenses,
         round=transcript.updates.round,
     )

@@ -95,12 +95,15 @@ class LocalSpec:
     """What each client does with the broadcast model (McMahan et al. 2017, Algorithm 1, ClientUpdate).
 
     epochs: E, passes over the client's data. batch: B, examples a step; None stands for the paper's
-    infinity, the whole local data set as one batch. lr: the step size η.
+    infinity, the whole local data set as one batch. lr: the step size η. momentum: μ in v ← μ v + g, from
+    v = 0 in each round. weight_decay: λ, g being ∇ℓ(w; b) + λ w.
     """
 
     epochs: int = 1
     batch: int | None = None
     lr: float = 1.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
 
     def steps(self, num_examples: int) -> int:
         """Local steps u of a client that holds `num_examples`."""
@@ -141,7 +144,8 @@ class Transcript:
 
     broadcast `[D]`; messages `[K, ...]` exactly as sent (floats, or masked integers where
     `messages_hidden`); total `[D]`, their weighted mean as the server receives it; aggregate `[D]`, the
-    same after the server's defenses, as released; weights `[K]`, the averaging weights.
+    same after the server's defenses, as released; weights `[K]`, the averaging weights; local: the
+    recipe of this round.
     """
 
     broadcast: Tensor
@@ -151,6 +155,7 @@ class Transcript:
     aggregate: Tensor
     weights: Tensor
     updates: Updates
+    local: LocalSpec
     truth: tuple[Examples, ...]
     events: tuple[PrivacyEvent, ...]
 

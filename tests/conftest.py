@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
+from fltoolkit.defense import DefenseStack, RoundContext
 from fltoolkit.loss import cross_entropy
-from fltoolkit.types import Examples, Layout, LocalSpec, Observation
+from fltoolkit.types import Examples, Layout, LocalSpec, Observation, PrivacyEvent
 
 
 @pytest.fixture(autouse=True)
 def _steady_threads():
     torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What defenses make of a round; see `fltoolkit.types.Transcript`."""
+
+    messages: torch.Tensor
+    total: torch.Tensor
+    aggregate: torch.Tensor
+    events: tuple[PrivacyEvent, ...]
+
+
+def protect(stack: DefenseStack, rows: torch.Tensor, ctx: RoundContext) -> Protected:
+    """All steps of a stack in the order in which a round takes them."""
+    messages, total = stack.secure_sum(stack.clients(rows, ctx), ctx)
+    return Protected(messages, total, stack.server(total, ctx), stack.events(ctx))
 
 
 def tiny_model(seed: int = 0, classes: int = 4) -> nn.Module:

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jsonschema
 import pytest
+import torch
 from PIL import Image
 
 from fltoolkit import cli
 from fltoolkit.report.document import schema
 
+FILES = ["accuracy.png", "checkpoint.pt", "metrics.jsonl", "report.json", "tensorboard"]
 QUICK = ["--data", "digits", "--model", "mlp", "--steps", "40"]
 
 
@@ -62,7 +65,7 @@ def test_train_writes_curve_checkpoint_and_report_and_resumes(tmp_path, capsys, 
     flags = ["train", "--clients", "20", "--fraction", "0.3", "--defense", "clip:norm=1", "--json"]
     assert cli.main([*flags, "--rounds", "4", "--out", "whole"]) == 0
     whole = json.loads(capsys.readouterr().out)
-    assert sorted(os.listdir("whole")) == ["accuracy.png", "checkpoint.pt", "report.json"]
+    assert sorted(os.listdir("whole")) == FILES
     assert cli.main([*flags, "--rounds", "2", "--out", "half"]) == 0
     capsys.readouterr()
     assert cli.main([*flags, "--rounds", "4", "--out", "half", "--resume"]) == 0
@@ -71,6 +74,54 @@ def test_train_writes_curve_checkpoint_and_report_and_resumes(tmp_path, capsys, 
     assert [a["round"] for a in whole["accuracy"]] == [1, 2, 3, 4]
     assert cli.main([*flags, "--rounds", "5", "--out", "half", "--resume", "--lr", "0.3"]) == 2
     assert "error: lr must be 0.5 as in the checkpoint" in capsys.readouterr().err
+
+
+def run_numbers(folder):
+    """Everything a run leaves behind that is no time: parameters, metrics, curve."""
+    lines = [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((folder / "report.json").read_text())
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return (
+        checkpoint["params"].numpy().tobytes(),
+        checkpoint["history"],
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        report["accuracy"],
+        report["epsilon"],
+    )
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_uninterrupted_numbers(tmp_path):
+    """A real process, killed with SIGKILL several times in the middle of its work."""
+    flags = ["train", "--clients", "60", "--fraction", "0.5", "--epochs", "20", "--rounds", "40"]
+    flags += [
+        "--defense",
+        "clip:norm=1",
+        "--defense",
+        "gaussian:noise_multiplier=0.1",
+        "--checkpoint-every",
+        "3",
+    ]
+    done = shell("fltoolkit", *flags, "--out", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "fltoolkit", *flags, "--out", "cut", "--resume"]
+    metrics, kills = tmp_path / "cut" / "metrics.jsonl", 0
+    for more in (4, 5, 9):
+        before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        running = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while running.poll() is None:
+            written = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+            if written >= before + more:
+                running.kill()
+                kills += 1
+                break
+            time.sleep(0.002)
+        running.wait()
+    assert kills == 3
+    assert not (tmp_path / "cut" / "report.json").exists()
+    assert shell("fltoolkit", *flags, "--out", "cut", "--resume", cwd=tmp_path).returncode == 0
+    assert run_numbers(tmp_path / "cut") == run_numbers(tmp_path / "whole")
 
 
 def test_training_learns_the_digits(tmp_path, capsys):

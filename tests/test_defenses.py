@@ -6,6 +6,7 @@ from math import sqrt
 
 import pytest
 import torch
+from conftest import protect
 from torch.linalg import vector_norm
 
 from defenses.clip import Clip
@@ -41,12 +42,12 @@ def test_contract(name):
     """Same type in and out, arguments untouched, a repeat gives the same aggregate, parameters are public."""
     stack, before = DefenseStack(STACKS[name], CLIENTS), rows()
     given = before.clone()
-    done = stack.protect(given, context())
+    done = protect(stack, given, context())
     assert torch.equal(given, before)
     assert done.aggregate.shape == (D,)
     assert done.aggregate.dtype == before.dtype
     assert len(done.messages) == CLIENTS
-    assert torch.equal(done.aggregate, stack.protect(before, context()).aggregate)
+    assert torch.equal(done.aggregate, protect(stack, before, context()).aggregate)
     assert stack.public()[-1]["name"] == name
     assert registry.defense_class(name).__doc__
 
@@ -67,7 +68,7 @@ def test_clip_norm_is_at_most_the_bound_and_short_rows_are_kept(norm):
 def test_gaussian_has_the_stated_standard_deviation(placement):
     zero = torch.zeros(CLIENTS, 50_000)
     stack = DefenseStack([Clip(norm=0.5), Gaussian(noise_multiplier=2.0, placement=placement)])
-    done = stack.protect(zero, context())
+    done = protect(stack, zero, context())
     one = 2.0 * 0.5
     spread = done.aggregate.std().item()
     if placement == "client":
@@ -83,11 +84,11 @@ def test_gaussian_has_the_stated_standard_deviation(placement):
 def test_noise_differs_between_rounds_clients_seeds_and_repeats_of_a_defense():
     local = [Clip(norm=1.0), Gaussian(placement="client")]
     zero = torch.zeros(CLIENTS, D)
-    base = DefenseStack(local).protect(zero, context()).messages
-    assert not torch.equal(base, DefenseStack(local).protect(zero, context(number=2)).messages)
-    assert not torch.equal(base, DefenseStack(local).protect(zero, context(seed=6)).messages)
+    base = protect(DefenseStack(local), zero, context()).messages
+    assert not torch.equal(base, protect(DefenseStack(local), zero, context(number=2)).messages)
+    assert not torch.equal(base, protect(DefenseStack(local), zero, context(seed=6)).messages)
     twice = DefenseStack([*local, Clip(norm=1.0), Gaussian(placement="client")])
-    again = twice.protect(zero, context()).messages
+    again = protect(twice, zero, context()).messages
     first = base * (1 / vector_norm(base, dim=1, keepdim=True).clamp_min(1.0))
     second = again - first
     assert (torch.cosine_similarity(second, base, dim=1).abs() < 0.5).all()
@@ -97,7 +98,7 @@ def test_a_defense_switched_on_leaves_the_noise_of_another_as_it_was():
     zero = torch.zeros(CLIENTS, D)
     one = DefenseStack([Clip(norm=1.0), Gaussian(placement="client")])
     two = DefenseStack([Clip(norm=2.0), Clip(norm=1.0), Gaussian(placement="client")])
-    assert torch.equal(one.protect(zero, context()).messages, two.protect(zero, context()).messages)
+    assert torch.equal(protect(one, zero, context()).messages, protect(two, zero, context()).messages)
 
 
 def test_noise_without_a_clip_is_refused():

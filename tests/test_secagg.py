@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import protect
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from scipy.stats import chisquare
@@ -166,9 +167,9 @@ def test_one_client_has_nothing_to_hide_behind():
 
 def test_within_a_stack_it_clips_first_and_insists_on_its_cohort():
     values = rows(4, 60, 5.0)
-    done = DefenseStack([Clip(norm=1.0), SecAgg(cohort=4)], 4).protect(values, context([1.0] * 4))
+    done = protect(DefenseStack([Clip(norm=1.0), SecAgg(cohort=4)], 4), values, context([1.0] * 4))
     clipped = values / values.norm(dim=1, keepdim=True)
-    assert done.messages_hidden
+    assert done.messages.dtype == torch.int64
     assert (done.total - clipped.mean(0)).abs().max() < 1e-6
     with pytest.raises(InputError, match="secagg:clients must equal the round's cohort of 2, got 4"):
         DefenseStack([SecAgg(cohort=4)], 2)

@@ -25,8 +25,8 @@ def play(defenses=(), clients=3):
     task = Task(tiny_model(), cross_entropy, LocalSpec(1, None, 0.5), DefenseStack(defenses, clients), 7)
     data = [tiny_examples(2 + k, 10 + k) for k in range(clients)]
     layout = Layout.of(task.model)
-    transcript = run_round(task, layout.row(task.model), range(clients), data, 1)
-    public = Public(task.model, task.loss, layout, (1, 5, 5), (0.0, 1.0), 4, task.local, task.stack.public())
+    transcript = run_round(task, layout.row(task.model), range(clients), data, 1).transcript
+    public = Public(task.model, task.loss, layout, (1, 5, 5), (0.0, 1.0), 4, task.stack.public())
     return transcript, public
 
 

@@ -14,14 +14,14 @@ the differences are what the defenses act on. FedSGD is E = 1, B = ∞.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
 from fltoolkit.errors import require
 from fltoolkit.rng import stream
-from fltoolkit.training.round import Task, run_round
-from fltoolkit.types import Examples, LocalSpec, Transcript
+from fltoolkit.training.round import Outcome, Task, run_round
+from fltoolkit.types import Examples, LocalSpec
 
 
 def fedsgd(lr: float) -> LocalSpec:
@@ -36,18 +36,26 @@ def select_clients(total: int, fraction: float, seed: int, number: int) -> list[
     return sorted(int(c) for c in chosen)
 
 
-def server_update(params: Tensor, aggregate: Tensor) -> Tensor:
-    """w_{t+1} = w_t + the aggregated difference."""
-    return params + aggregate
+def server_update(params: Tensor, aggregate: Tensor, server_lr: float = 1.0) -> Tensor:
+    """w_{t+1} = w_t + server_lr · the aggregated difference; 1 is the paper's mean of models."""
+    return params + server_lr * aggregate
 
 
 def fedavg(
-    task: Task, params: Tensor, clients: Sequence[Examples], fraction: float, rounds: range
-) -> Iterator[tuple[Transcript, Tensor]]:
-    """Run the given round numbers from `params`; yields each round's transcript and w_{t+1} `[D]`."""
+    task: Task,
+    params: Tensor,
+    clients: Sequence[Examples],
+    fraction: float,
+    rounds: range,
+    witnessed: Callable[[int], bool] = lambda _: True,
+) -> Iterator[tuple[Outcome, Tensor]]:
+    """Run the given round numbers from `params`; yields each round's outcome and w_{t+1} `[D]`.
+
+    witnessed: whether somebody looks on in a round, so that its transcript must be kept.
+    """
     require(0 <= fraction <= 1, "fraction", "between 0 and 1", fraction)
     for number in rounds:
         cohort = select_clients(len(clients), fraction, task.seed, number)
-        transcript = run_round(task, params, cohort, [clients[c] for c in cohort], number)
-        params = server_update(params, transcript.aggregate)
-        yield transcript, params
+        outcome = run_round(task, params, cohort, clients, number, witnessed(number))
+        params = server_update(params, outcome.aggregate, task.server_lr)
+        yield outcome, params

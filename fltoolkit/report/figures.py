@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fltoolkit.report.files import write_atomic
 from fltoolkit.scoring import Scored
-from fltoolkit.training.federation import RoundResult
+from fltoolkit.training.evaluate import Evaluation
 
 SHOWN_IMAGES = 6
 INK, ACCENT, GRID = "#1f2937", "#c2410c", "#d1d5db"
@@ -49,20 +49,19 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
     _save(figure, path)
 
 
-def accuracy_figure(path: Path, history: Sequence[RoundResult], title: str) -> None:
-    """Test accuracy over rounds with its 95 % interval."""
+def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], title: str) -> None:
+    """Test accuracy over rounds with its 95 % interval, from (round, evaluation) pairs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    rounds = [r.number for r in history]
-    axis.fill_between(
-        rounds, [r.ci95[0] for r in history], [r.ci95[1] for r in history], color=ACCENT, alpha=0.18, lw=0
-    )
+    rounds = [number for number, _ in evaluated]
+    low, high = zip(*(e.ci95 for _, e in evaluated), strict=True)
+    axis.fill_between(rounds, low, high, color=ACCENT, alpha=0.18, lw=0)
     marker = "o" if len(rounds) < 2 else None
-    axis.plot(rounds, [r.accuracy for r in history], color=ACCENT, linewidth=1.8, marker=marker)
+    axis.plot(rounds, [e.accuracy for _, e in evaluated], color=ACCENT, linewidth=1.8, marker=marker)
     axis.set_ylim(0, 1.02)
     _tidy(axis, "round", "test accuracy (95 % interval)")
     axis.set_title(title, fontsize=11, color=INK)

@@ -12,17 +12,24 @@ SHOWN_ROWS = 20
 
 
 class Bar:
-    """Progress on stderr: one line that redraws on a terminal, a line every few seconds elsewhere."""
+    """Progress on stderr: one line that redraws on a terminal, a line every few seconds elsewhere.
 
-    def __init__(self, label: str, every: float = 2.0) -> None:
-        self.label, self.every = label, every
+    start: how much was done before; with `ends`, the time left is estimated from the pace since then.
+    """
+
+    def __init__(self, label: str, every: float = 2.0, start: int = 0, ends: bool = False) -> None:
+        self.label, self.every, self.start, self.ends = label, every, start, ends
         self.begun = self.last = time.monotonic()
         self.live = sys.stderr.isatty()
         self.pending = ""
 
     def __call__(self, done: int, of: int, text: str) -> None:
         now = time.monotonic()
-        self.pending = f"{self.label} {done}/{of}  {text}  {now - self.begun:.0f} s"
+        spent = now - self.begun
+        left = ""
+        if self.ends and self.start < done < of:
+            left = f", {_clock(spent / (done - self.start) * (of - done))} left"
+        self.pending = f"{self.label} {done}/{of}  {text}  {_clock(spent)}{left}"
         if now - self.last < (0.2 if self.live else self.every) and done != of:
             return
         self.last = now
@@ -39,6 +46,16 @@ class Bar:
         sys.stderr.write(f"\r\x1b[K{self.pending}" if self.live else f"{self.pending}\n")
         sys.stderr.flush()
         self.pending = ""
+
+
+def _clock(seconds: float) -> str:
+    """Seconds for people: 41 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,57 +1,78 @@
-"""The federation loop: rounds, accuracy, a checkpoint after each round, and someone looking on."""
+"""The federation loop: rounds, accuracy, checkpoints, and someone looking on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fltoolkit.accounting import Rounds
 from fltoolkit.algorithms.fedavg import fedavg, select_clients
 from fltoolkit.defense import RoundContext
-from fltoolkit.errors import InputError
-from fltoolkit.metrics.interval import rate_interval
-from fltoolkit.models import evaluating
+from fltoolkit.errors import InputError, require
 from fltoolkit.report.files import write_atomic
-from fltoolkit.training.round import Task
-from fltoolkit.types import Examples, Layout, Transcript
+from fltoolkit.training.evaluate import Evaluation, evaluate
+from fltoolkit.training.round import Outcome, Task
+from fltoolkit.types import Examples, Transcript
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What is known after round `number` (counted from 1): the test accuracy and its 95 % interval."""
+    """What is kept of round `number` (counted from 1): the test result, where the round was evaluated, and
+    the clients that failed."""
 
     number: int
-    accuracy: float
-    ci95: tuple[float, float]
+    test: Evaluation | None
+    failed: tuple[int, ...] = ()
+
+
+class Witness(Protocol):
+    """Somebody who looks on while a federation trains."""
+
+    def wants(self, number: int) -> bool:
+        """Whether it looks at round `number`."""
+
+    def __call__(self, transcript: Transcript) -> None: ...
 
 
 @dataclass(frozen=True)
 class Federation:
-    """K clients with their data, a task, a test set and the share C of clients that each round samples."""
+    """K clients with their data, a task, a test set and the share C of clients that each round samples.
+
+    eval_every: rounds between two evaluations; the last round is always evaluated. target: the test
+    accuracy at which training stops (None: never).
+    """
 
     task: Task
     clients: Sequence[Examples]
     test: Examples
     fraction: float
+    eval_every: int = 1
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.fraction <= 1, "fraction", "between 0 and 1", self.fraction)
+        require(self.eval_every >= 1, "eval_every", ">= 1", self.eval_every)
+        good = self.target is None or 0 < self.target <= 1
+        require(good, "target", "an accuracy above 0 and at most 1", self.target)
 
     def cohort(self, number: int) -> list[int]:
         return select_clients(len(self.clients), self.fraction, self.task.seed, number)
 
-    def events(self, rounds: int) -> Rounds:
-        """The privacy events of rounds 1 to `rounds`, without running them."""
-        return [self.task.stack.events(self._context(n)) for n in range(1, rounds + 1)]
+    def events(self, history: Sequence[RoundResult]) -> Rounds:
+        """The privacy events of the rounds in `history`, without running them again."""
+        return [self.task.stack.events(self._context(r)) for r in history]
 
-    def _context(self, number: int) -> RoundContext:
-        cohort = self.cohort(number)
+    def _context(self, result: RoundResult) -> RoundContext:
+        cohort = [c for c in self.cohort(result.number) if c not in result.failed]
         sizes = torch.tensor([float(len(self.clients[c])) for c in cohort])
-        return RoundContext(self.task.seed, number, tuple(cohort), sizes / sizes.sum())
+        return RoundContext(self.task.seed, result.number, tuple(cohort), sizes / sizes.sum())
 
 
 @dataclass(frozen=True)
@@ -65,35 +86,54 @@ class State:
     def round(self) -> int:
         return len(self.history)
 
+    @property
+    def evaluated(self) -> tuple[tuple[int, Evaluation], ...]:
+        return tuple((r.number, r.test) for r in self.history if r.test is not None)
+
+    def reached(self, target: float | None) -> bool:
+        return target is not None and any(e.accuracy >= target for _, e in self.evaluated)
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """A run after one more round: its state, what the round left behind, and the seconds it took."""
+
+    state: State
+    outcome: Outcome
+    seconds: float
+
 
 def federate(
-    federation: Federation, state: State, rounds: int, look: Callable[[Transcript], None] = lambda _: None
-) -> Iterator[State]:
-    """Go on from `state` to round `rounds`; yields the state after each. `look` is shown each transcript."""
+    federation: Federation, state: State, rounds: int, witness: Witness | None = None
+) -> Iterator[Progressed]:
+    """Go on from `state` to round `rounds` or to the target; yields after each round. `witness` is shown
+    the transcripts that it wants."""
+    if state.reached(federation.target):
+        return
     numbers = range(state.round + 1, rounds + 1)
-    steps = fedavg(federation.task, state.params, federation.clients, federation.fraction, numbers)
-    for number, (transcript, params) in zip(numbers, steps, strict=True):
-        look(transcript)
-        correct = count_correct(federation.task, params, federation.test)
-        rate = rate_interval(correct, len(federation.test))
-        low, high = rate["ci95"]
-        state = State(params, (*state.history, RoundResult(number, rate["value"], (low, high))))
-        yield state
-
-
-def count_correct(task: Task, params: Tensor, test: Examples, batch: int = 2000) -> int:
-    """Test examples whose largest logit is the label's, in evaluation mode."""
-    weights = Layout.of(task.model).unflatten(params)
-    with evaluating(task.model), torch.no_grad():
-        return sum(
-            int((functional_call(task.model, weights, (x,)).argmax(-1) == y).sum())
-            for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True)
-        )
+    wants = witness.wants if witness is not None else lambda _: False
+    steps = fedavg(federation.task, state.params, federation.clients, federation.fraction, numbers, wants)
+    begun = time.perf_counter()
+    for outcome, params in steps:
+        if witness is not None and outcome.transcript is not None:
+            witness(outcome.transcript)
+        test = None
+        if outcome.number % federation.eval_every == 0 or outcome.number == rounds:
+            test = evaluate(federation.task, params, federation.test)
+        failed = tuple(f.client for f in outcome.failures)
+        state = State(params, (*state.history, RoundResult(outcome.number, test, failed)))
+        now = time.perf_counter()
+        yield Progressed(state, outcome, now - begun)
+        if test is not None and federation.target is not None and test.accuracy >= federation.target:
+            return
+        begun = time.perf_counter()
 
 
 def save(path: Path, state: State, config: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all. config: plain values that a resumed run must share."""
-    history = [(r.number, r.accuracy, *r.ci95) for r in state.history]
+    history = [
+        (r.number, r.test and (r.test.correct, r.test.total, r.test.loss), r.failed) for r in state.history
+    ]
     content = {"params": state.params.cpu(), "history": history, "config": config}
     write_atomic(path, lambda p: torch.save(content, p))
 
@@ -102,9 +142,12 @@ def resume(path: Path, config: dict[str, Any]) -> State:
     """Read a checkpoint; raises InputError where it is unreadable or comes from another configuration."""
     try:
         content = torch.load(path, weights_only=True)
-        history = tuple(RoundResult(n, a, (low, high)) for n, a, low, high in content["history"])
+        history = tuple(
+            RoundResult(n, test and Evaluation(*test), tuple(failed))
+            for n, test, failed in content["history"]
+        )
         saved, params = content["config"], content["params"]
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as e:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError) as e:
         raise InputError(f"checkpoint must be one that `train` wrote, got {str(path)!r}") from e
     for key in config:
         if saved.get(key) != config[key]:

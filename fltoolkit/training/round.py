@@ -1,79 +1,234 @@
-"""One round of federated learning, from the broadcast to the released aggregate, as a transcript."""
+"""One round of federated learning, from the broadcast to the released aggregate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from fltoolkit.data import Dataset
 from fltoolkit.defense import DefenseStack, RoundContext
 from fltoolkit.errors import InputError
 from fltoolkit.rng import stream
 from fltoolkit.threat import Public
-from fltoolkit.training.local import client_updates
-from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Transcript, Updates
+from fltoolkit.training.engines import AUTO, Engine, choose
+from fltoolkit.types import Examples, Layout, LocalSpec, Loss, PrivacyEvent, Transcript, Updates
+
+CHUNK_BYTES = 256 << 20
+"""Rows of a cohort that are in memory at once, unless somebody must see them all."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What every participant knows before the first round: the model, the loss, the local recipe and the
-    defenses, and under which seed the random streams are named."""
+    defenses, and under which seed the random streams are named.
+
+    lr_decay: η in round t is lr · lr_decay^(t−1). server_lr: w_{t+1} = w_t + server_lr · aggregate.
+    engine: which engine trains the cohort. stop_on_failure: raise InputError when a client fails or
+    sends NaN, instead of leaving it out of the round's mean.
+    """
 
     model: nn.Module
     loss: Loss
     local: LocalSpec
     stack: DefenseStack
     seed: int
+    lr_decay: float = 1.0
+    server_lr: float = 1.0
+    engine: str = AUTO
+    stop_on_failure: bool = True
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(self.model)
+
+    def local_in(self, number: int) -> LocalSpec:
+        """The local recipe of round `number`, counted from 1."""
+        return replace(self.local, lr=self.local.lr * self.lr_decay ** max(0, number - 1))
+
+    def engine_for(self, input_shape: tuple[int, ...]) -> Engine:
+        return choose(self.model, self.loss, input_shape, self.engine)
 
     def public(self, data: Dataset) -> Public:
         """What everybody knows of a federation that trains this task on `data`."""
         return Public(
             model=self.model,
             loss=self.loss,
-            layout=Layout.of(self.model),
+            layout=self.layout,
             input_shape=data.input_shape,
             input_range=data.input_range,
             num_classes=data.num_classes,
-            local=self.local,
             defenses=self.stack.public(),
         )
 
 
-def run_round(
-    task: Task, params: Tensor, cohort: Sequence[int], data: Sequence[Examples], number: int
-) -> Transcript:
-    """Train the `cohort` on its `data` from `params [D]` in round `number`, through all defenses.
+@dataclass(frozen=True)
+class Failure:
+    """A client that was left out of a round, and why."""
 
-    Raises InputError where a client's update is not finite, naming client and layer.
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round left behind.
+
+    clients: those in the mean; num_examples and norms `[K]`: their n_k and ‖w_k − w_t‖₂ before any
+    defense. aggregate `[D]` as released. transcript: the round as it happened, where somebody looked on.
     """
-    layout = Layout.of(task.model)
-    clients = tuple(cohort)
-    rngs = [stream(task.seed, "round", number, "client", c, "batches") for c in clients]
-    delta = client_updates(task.model, task.loss, params, data, task.local, rngs)
-    _check_finite(layout, delta, clients)
-    sizes = torch.tensor([len(d) for d in data], device=params.device)
-    weights = (sizes / sizes.sum()).to(params.dtype)
-    updates = Updates(delta, clients, sizes, layout, number)
-    done = task.stack.protect(delta, RoundContext(task.seed, number, clients, weights))
-    return Transcript(
-        broadcast=params,
-        messages=done.messages,
-        messages_hidden=done.messages_hidden,
-        total=done.total,
-        aggregate=done.aggregate,
-        weights=weights,
-        updates=updates,
-        truth=tuple(data),
-        events=done.events,
-    )
+
+    number: int
+    clients: tuple[int, ...]
+    num_examples: tuple[int, ...]
+    norms: Tensor
+    failures: tuple[Failure, ...]
+    aggregate: Tensor
+    events: tuple[PrivacyEvent, ...]
+    transcript: Transcript | None
 
 
-def _check_finite(layout: Layout, delta: Tensor, clients: tuple[int, ...]) -> None:
-    for k in (~torch.isfinite(delta).all(1)).nonzero()[:, 0].tolist():
-        name = layout.first_non_finite(delta[k])
-        raise InputError(
-            f"update of client {clients[k]} must be finite, got NaN or infinity in layer {name!r}"
+def run_round(
+    task: Task,
+    params: Tensor,
+    cohort: Sequence[int],
+    clients: Sequence[Examples],
+    number: int,
+    witnessed: bool = True,
+) -> Outcome:
+    """Train the members `cohort` of `clients` from `params [D]` in round `number`, through all defenses.
+
+    The cohort streams through in chunks and the aggregate is a fold; witnessed keeps every row for the
+    transcript. A client fails where its data cannot be read, its training raises, or its update is not
+    finite; the weights of the others are renormalised. Raises InputError where the task says to stop
+    on failure, and where every client failed.
+    """
+    fold = _Fold(task, params, clients, number, witnessed)
+    at_once = max(1, CHUNK_BYTES // (params.numel() * params.element_size()))
+    for a in range(0, len(cohort), at_once):
+        fold.add(cohort[a : a + at_once])
+    return fold.close()
+
+
+class _Fold:
+    """What is gathered while a cohort streams through. rows, messages and truth stay empty unless somebody
+    must see every row."""
+
+    def __init__(
+        self, task: Task, params: Tensor, clients: Sequence[Examples], number: int, witnessed: bool
+    ) -> None:
+        self.task, self.params, self.source, self.number = task, params, clients, number
+        self.witnessed, self.keep = witnessed, witnessed or task.stack.hides_messages
+        self.local = task.local_in(number)
+        self.total = torch.zeros_like(params)
+        self.clients: list[int] = []
+        self.sizes: list[int] = []
+        self.failures: list[Failure] = []
+        self.norms: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.messages: list[Tensor] = []
+        self.truth: list[Examples] = []
+
+    def add(self, members: Sequence[int]) -> None:
+        """Train some of the cohort and add what they send."""
+        data = self._fetch(members)
+        sent, delta = self._train(data) if data else ([], self.params.new_empty(0))
+        if self.failures and self.task.stop_on_failure:
+            raise InputError(f"update of client {self.failures[0].client} {self.failures[0].reason}")
+        if not sent:
+            return
+        sizes = [len(data[c]) for c in sent]
+        messages = self.task.stack.clients(delta, self._context(sent, sizes))
+        self.total += torch.tensor(sizes).to(self.params) @ messages
+        self.clients += sent
+        self.sizes += sizes
+        self.norms.append(vector_norm(delta, dim=1))
+        if self.keep:
+            self.rows.append(delta)
+            self.messages.append(messages)
+            self.truth += [data[c] for c in sent]
+
+    def close(self) -> Outcome:
+        if not self.clients:
+            reasons = "; ".join(f"client {f.client} {f.reason}" for f in self.failures[:3])
+            raise InputError(f"round {self.number} must have a client that succeeds, got: {reasons}")
+        stack, ctx = self.task.stack, self._context(self.clients, self.sizes)
+        total = self.total / sum(self.sizes)
+        messages = torch.cat(self.messages) if self.keep else None
+        if messages is not None and stack.hides_messages:
+            messages, total = stack.secure_sum(messages, ctx)
+        aggregate, events = stack.server(total, ctx), stack.events(ctx)
+        return Outcome(
+            number=self.number,
+            clients=ctx.clients,
+            num_examples=tuple(self.sizes),
+            norms=torch.cat(self.norms),
+            failures=tuple(self.failures),
+            aggregate=aggregate,
+            events=events,
+            transcript=self._transcript(messages, total, aggregate, ctx, events) if self.witnessed else None,
         )
+
+    def _transcript(
+        self,
+        messages: Tensor | None,
+        total: Tensor,
+        aggregate: Tensor,
+        ctx: RoundContext,
+        events: tuple[PrivacyEvent, ...],
+    ) -> Transcript:
+        assert messages is not None
+        sizes = torch.tensor(self.sizes, device=self.params.device)
+        return Transcript(
+            broadcast=self.params,
+            messages=messages,
+            messages_hidden=self.task.stack.hides_messages,
+            total=total,
+            aggregate=aggregate,
+            weights=ctx.weights,
+            updates=Updates(torch.cat(self.rows), ctx.clients, sizes, self.task.layout, self.number),
+            local=self.local,
+            truth=tuple(self.truth),
+            events=events,
+        )
+
+    def _context(self, clients: Sequence[int], sizes: Sequence[int]) -> RoundContext:
+        n = torch.tensor(sizes).to(self.params)
+        return RoundContext(self.task.seed, self.number, tuple(clients), n / n.sum())
+
+    def _fetch(self, members: Sequence[int]) -> dict[int, Examples]:
+        """The members' data; who cannot be read is noted as failed."""
+        data = {}
+        for c in members:
+            try:
+                data[c] = self.source[c]
+            except Exception as e:
+                self.failures.append(Failure(c, f"must have readable data, got {type(e).__name__}: {e}"))
+        return data
+
+    def _train(self, data: Mapping[int, Examples]) -> tuple[list[int], Tensor]:
+        """Who sends, and their w_k − w_t `[K, D]`. Where training raises, each client trains alone, so that
+        one cannot take the others with it."""
+        members, examples = list(data), list(data.values())
+        rngs = [stream(self.task.seed, "round", self.number, "client", c, "batches") for c in members]
+        try:
+            engine = self.task.engine_for(tuple(examples[0].x.shape[1:]))
+            rows = engine(self.params, examples, self.local, rngs)
+        except Exception as e:
+            if len(members) > 1:
+                alone = [self._train({c: d}) for c, d in data.items()]
+                return [c for sent, _ in alone for c in sent], torch.cat([rows for _, rows in alone])
+            self.failures.append(Failure(members[0], f"must train, got {type(e).__name__}: {e}"))
+            return [], self.params.new_empty(0, self.params.numel())
+        finite = torch.isfinite(vector_norm(rows, dim=1))
+        for k in (~finite).nonzero()[:, 0].tolist():
+            layer = self.task.layout.first_non_finite(rows[k])
+            where = f"NaN or infinity in layer {layer!r}" if layer else "a norm that overflows"
+            self.failures.append(Failure(members[k], f"must be finite, got {where}"))
+        if finite.all():
+            return members, rows
+        return [c for c, good in zip(members, finite.tolist(), strict=True) if good], rows[finite]

@@ -23,10 +23,12 @@ class Spy:
         self.attack, self.threat, self.task, self.data, self.every = attack, threat, task, data, every
         self.seen: list[tuple[int, Scored]] = []
 
+    def wants(self, number: int) -> bool:
+        return self.attack is not None and (number - 1) % self.every == 0
+
     def __call__(self, transcript: Transcript) -> None:
+        assert self.attack is not None
         number = transcript.updates.round
-        if self.attack is None or (number - 1) % self.every:
-            return
         observation = self.threat.observe(transcript, 0, self.task.public(self.data))
         rng = torch_stream(self.task.seed, "round", number, "attack", self.attack.name)
         found = self.attack.many([observation], [rng])[0]

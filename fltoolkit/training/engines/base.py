@@ -1,0 +1,94 @@
+"""What an engine is, and the order in which it visits a client's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fltoolkit.types import Examples, Layout, LocalSpec, Loss
+
+
+class Engine:
+    """Trains a cohort from one broadcast. Built once a run for a model and a loss; keeps no state
+    between calls."""
+
+    name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        self.model, self.loss, self.layout = model, loss, Layout.of(model)
+
+    @classmethod
+    def refuses(cls, model: nn.Module, loss: Loss, input_shape: tuple[int, ...]) -> str | None:
+        """Why this engine cannot train `model` on inputs of this shape under `loss`; None where it can."""
+        return None
+
+    def __call__(
+        self,
+        params: Tensor,
+        data: Sequence[Examples],
+        local: LocalSpec,
+        rngs: Sequence[np.random.Generator],
+    ) -> Tensor:
+        """w_k − w_t of every client, `[K, D]`, from the broadcast `params [D]`.
+
+        Client k splits its data into batches of size B in the random order of `rngs[k]`, once, and
+        steps through them E times: w ← w − η v, with v ← μ v + ∇ℓ(w; b) + λ w.
+        """
+        raise NotImplementedError
+
+
+def shuffled(data: Examples, rng: np.random.Generator) -> Examples:
+    """A client's examples in the order in which it visits them."""
+    order = torch.from_numpy(rng.permutation(len(data))).to(data.x.device)
+    return Examples(data.x[order], data.y[order])
+
+
+def most_first(data: Sequence[Examples]) -> list[int]:
+    """Positions of the clients by falling number of examples."""
+    return sorted(range(len(data)), key=lambda k: -len(data[k]))
+
+
+def in_callers_order(rows: Tensor, order: Sequence[int]) -> Tensor:
+    """Undo `order`: row i belongs to position `order[i]`."""
+    if list(order) == sorted(order):
+        return rows
+    return rows[torch.tensor(order, device=rows.device).argsort()]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Clients side by side, those with most steps first, so that at any time the active are a prefix.
+
+    x `[K, n, ...]`, y `[K, n, ...]` in visiting order, filled up with zeros to n = max n_k; sizes `[K]`.
+    """
+
+    x: Tensor
+    y: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, data: Sequence[Examples], rngs: Sequence[np.random.Generator]) -> Stacked:
+        """From clients that `most_first` has ordered."""
+        sizes = torch.tensor([len(d) for d in data])
+        x, y = (t.new_zeros(len(data), int(sizes[0]), *t.shape[1:]) for t in (data[0].x, data[0].y))
+        for k, (d, rng) in enumerate(zip(data, rngs, strict=True)):
+            if d.x.shape[1:] != x.shape[2:] or d.y.shape[1:] != y.shape[2:]:
+                raise ValueError(f"inputs of shape {tuple(d.x.shape[1:])} beside {tuple(x.shape[2:])}")
+            order = torch.from_numpy(rng.permutation(len(d))).to(x.device)
+            torch.index_select(d.x, 0, order, out=x[k, : len(d)])
+            torch.index_select(d.y, 0, order, out=y[k, : len(d)])
+        return cls(x, y, sizes)
+
+    def epoch(self, batch: int | None) -> list[tuple[slice, Tensor]]:
+        """The batches of an epoch: the slice of every client's examples, and how many of the slice each
+        active client has, `[active]` (all at least 1)."""
+        largest = int(self.sizes[0])
+        width = largest if batch is None else min(batch, largest)
+        held = [(slice(a, a + width), (self.sizes - a).clamp(0, width)) for a in range(0, largest, width)]
+        return [(s, h[h > 0].to(self.x.device)) for s, h in held]

@@ -1,0 +1,51 @@
+"""How well a model does on the test set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fltoolkit.loss import IGNORE
+from fltoolkit.metrics.interval import rate_interval
+from fltoolkit.models import evaluating
+from fltoolkit.training.round import Task
+from fltoolkit.types import Examples
+
+BATCH_VALUES = 4 << 20
+"""Input values that are evaluated at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """correct of total predictions (one an example, or one a token that is not padding); loss: the mean
+    over examples."""
+
+    correct: int
+    total: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Clopper-Pearson; tokens of one line are not independent, so for text it is too narrow."""
+        low, high = rate_interval(self.correct, self.total)["ci95"]
+        return low, high
+
+
+def evaluate(task: Task, params: Tensor, test: Examples) -> Evaluation:
+    """Predictions whose largest logit is the label's, in evaluation mode, and the mean loss."""
+    weights = task.layout.unflatten(params)
+    batch = max(1, BATCH_VALUES // max(1, test.x[0].numel()))
+    correct, loss = 0, 0.0
+    with evaluating(task.model), torch.no_grad():
+        for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True):
+            logits = functional_call(task.model, weights, (x,))
+            correct += int((logits.argmax(-1) == y).sum())
+            loss += float(task.loss(logits, y).sum())
+    return Evaluation(correct, int((test.y != IGNORE).sum()), loss / len(test))
