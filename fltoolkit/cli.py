@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fltoolkit.commands.audit import AuditOptions, run_audit
 from fltoolkit.commands.listing import run_list
+from fltoolkit.commands.table import TABLES, TableOptions, run_table
 from fltoolkit.commands.train import TrainOptions, run_train
 from fltoolkit.errors import InputError
 from fltoolkit.options import add_options, read_options
@@ -25,12 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("train", help="federated averaging, with an adversary looking on if asked"),
         TrainOptions,
     )
+    tables = commands.add_parser("table", help="the FedAvg paper's tables, run and printed beside the paper")
+    tables.add_argument("name", metavar="NAME", help=TABLES)
+    add_options(tables, TableOptions)
     commands.add_parser("list", help="every attack, defense, threat model, model and data set")
     parsed = parser.parse_args(argv)
     if parsed.command == "audit":
         return guarded(lambda: run_audit(parsed.attack, read_options(AuditOptions, parsed)))
     if parsed.command == "train":
         return guarded(lambda: run_train(read_options(TrainOptions, parsed)))
+    if parsed.command == "table":
+        return guarded(lambda: run_table(parsed.name, read_options(TableOptions, parsed)))
     return guarded(run_list)
 
 

@@ -44,9 +44,9 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
     for v in dict.fromkeys(v for v, _ in pairs):
         trace = victims[v].found.trace.clamp_min(1e-20).numpy()
         axis.semilogy(np.arange(len(trace)), trace, color=ACCENT, alpha=0.75, linewidth=1.4)
-    _tidy(axis, "iteration", "matching loss")
+    tidy(axis, "iteration", "matching loss")
     figure.suptitle(title, fontsize=11, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], title: str) -> None:
@@ -63,9 +63,9 @@ def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], tit
     marker = "o" if len(rounds) < 2 else None
     axis.plot(rounds, [e.accuracy for _, e in evaluated], color=ACCENT, linewidth=1.8, marker=marker)
     axis.set_ylim(0, 1.02)
-    _tidy(axis, "round", "test accuracy (95 % interval)")
+    tidy(axis, "round", "test accuracy (95 % interval)")
     axis.set_title(title, fontsize=11, color=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _show(axis: Any, image: Tensor, data_range: float) -> None:
@@ -78,14 +78,29 @@ def _show(axis: Any, image: Tensor, data_range: float) -> None:
         side.set_visible(False)
 
 
-def _tidy(axis: Any, x: str, y: str) -> None:
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure with `count` axes side by side, two a row where there are more than two."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(count, 2) if count != 3 else 3
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.4 * rows + 0.6), layout="constrained", squeeze=False
+    )
+    return figure, list(axes.flat)[:count]
+
+
+def tidy(axis: Any, x: str, y: str) -> None:
     axis.set_xlabel(x, color=INK)
     axis.set_ylabel(y, color=INK)
     axis.grid(True, color=GRID, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     write_atomic(path, lambda p: figure.savefig(p, dpi=150, format=path.suffix.removeprefix(".")))

@@ -14,7 +14,7 @@ from fltoolkit.models import evaluating
 from fltoolkit.training.round import Task
 from fltoolkit.types import Examples
 
-BATCH_VALUES = 4 << 20
+BATCH_VALUES = 1 << 20
 """Input values that are evaluated at once."""
 
 
@@ -40,12 +40,17 @@ class Evaluation:
 
 def evaluate(task: Task, params: Tensor, test: Examples) -> Evaluation:
     """Predictions whose largest logit is the label's, in evaluation mode, and the mean loss."""
-    weights = task.layout.unflatten(params)
+    weights = {n: _channels_last(p) for n, p in task.layout.unflatten(params).items()}
     batch = max(1, BATCH_VALUES // max(1, test.x[0].numel()))
     correct, loss = 0, 0.0
     with evaluating(task.model), torch.no_grad():
         for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True):
-            logits = functional_call(task.model, weights, (x,))
+            logits = functional_call(task.model, weights, (_channels_last(x),))
             correct += int((logits.argmax(-1) == y).sum())
             loss += float(task.loss(logits, y).sum())
     return Evaluation(correct, int((test.y != IGNORE).sum()), loss / len(test))
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Images and convolution kernels in the memory order in which pooling is fast."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

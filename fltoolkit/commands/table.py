@@ -1,0 +1,78 @@
+"""`table`: run, resume and print the tables of the FedAvg paper beside its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fltoolkit.options import flag
+
+if TYPE_CHECKING:
+    from fltoolkit.tables.run import Effort
+
+TABLES = "table1-2nn, table1-cnn, table2-mnist, table2-shakespeare, table3 or figure1"
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """The flags of `python -m fltoolkit table NAME`."""
+
+    cell: tuple[str, ...] = flag((), "run only cells whose id contains this, repeatable", "TEXT")
+    show: bool = flag(False, "run nothing: print what has been run")
+    start_lr: float = flag(0.1, "learning rate where the search begins", "LR")
+    resolution: int = flag(3, "learning rates are 10^(i/R), i whole; the paper has 3 and 6", "R")
+    most: int = flag(9, "learning rates that a cell may try", "N")
+    budget: int = flag(5000, "rounds after which a learning rate has not reached the target", "N")
+    probe: int | None = flag(
+        None, "choose the learning rate by accuracy after N rounds, then run that one only", "N", int
+    )
+    eval_every: int = flag(1, "rounds between two evaluations on the test set", "N")
+    seed: int = flag(0, "seed of all random streams, >= 0", "N")
+    device: str = flag("cpu", "where to compute: cpu, cuda, ...", "NAME")
+    out: str | None = flag(None, "folder of the results (default: runs/tables/NAME)", "DIR")
+
+
+def run_table(name: str, o: TableOptions) -> int:
+    """Run what is missing, print the table, draw its figure. InputError where the flags are impossible."""
+    from fltoolkit.report.files import output_folder
+    from fltoolkit.report.terminal import Bar
+    from fltoolkit.tables import figure1, show
+    from fltoolkit.tables.cells import table
+    from fltoolkit.tables.run import run_cell
+
+    effort = _effort(o)
+    folder = output_folder(o.out or str(Path("runs") / "tables" / name), "table")
+    if name == figure1.NAME:
+        return figure1.run(folder, o.seed, o.device, o.show)
+    chosen = table(name)
+    for cell in () if o.show else chosen.only(o.cell):
+        bars: dict[str, Bar] = {}
+
+        def report(what: str, done: int, of: int, text: str, bars: dict[str, Bar] = bars) -> None:
+            bar = bars.setdefault(what, Bar(what, every=10.0, start=done - 1, ends=True))
+            bar(done, of, text)
+
+        run_cell(cell, effort, folder, report)
+    results = show.read_results(chosen, folder)
+    print(show.render(chosen, results))
+    if results:
+        picture = folder / f"{name}.png"
+        show.draw(chosen, results, picture)
+        print(f"figure: {picture}")
+    return 0
+
+
+def _effort(o: TableOptions) -> Effort:
+    from fltoolkit.audit import check_device
+    from fltoolkit.errors import require
+    from fltoolkit.tables.run import Effort
+
+    require(o.start_lr > 0, "start_lr", "> 0", o.start_lr)
+    for name in ("resolution", "budget", "eval_every"):
+        require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
+    require(o.most >= 3, "most", ">= 3, to have a learning rate on each side of the best", o.most)
+    require(o.probe is None or o.probe >= 1, "probe", ">= 1", o.probe)
+    require(o.seed >= 0, "seed", ">= 0", o.seed)
+    check_device(o.device)
+    return Effort(o.resolution, o.start_lr, o.budget, o.most, o.probe, o.eval_every, o.seed, o.device)

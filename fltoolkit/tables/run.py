@@ -1,0 +1,189 @@
+"""Running a cell: every learning rate is a resumable training run, the cell's result one small JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fltoolkit import models
+from fltoolkit.data import Dataset, load
+from fltoolkit.data.partition import partition
+from fltoolkit.defense import DefenseStack
+from fltoolkit.errors import InputError
+from fltoolkit.loss import cross_entropy
+from fltoolkit.report import document
+from fltoolkit.report.files import write_json
+from fltoolkit.rng import stream, torch_stream
+from fltoolkit.tables.cells import Cell
+from fltoolkit.tables.search import Run, improvements, rounds_to, search
+from fltoolkit.training import federation as fed
+from fltoolkit.training.clients import Dealt
+from fltoolkit.training.round import Task
+from fltoolkit.types import LocalSpec
+
+SCHEMA = "fltoolkit.table-cell/1"
+SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to spend on a cell.
+
+    resolution: learning rates are 10^(i / resolution), i whole. start_lr: where the search begins. budget:
+    rounds after which a learning rate counts as not reaching the target. most: learning rates a cell may
+    try. probe: choose the learning rate by the accuracy after this many rounds instead of running each to
+    the target (None: run each). eval_every: rounds between evaluations.
+    """
+
+    resolution: int = 3
+    start_lr: float = 0.1
+    budget: int = 5000
+    most: int = 9
+    probe: int | None = None
+    eval_every: int = 1
+    seed: int = 0
+    device: str = "cpu"
+
+    def lr(self, index: int) -> float:
+        return float(10 ** (index / self.resolution))
+
+    @property
+    def start(self) -> int:
+        from math import log10
+
+        return round(log10(self.start_lr) * self.resolution)
+
+
+Report = Callable[[str, int, int, str], None]
+"""report(what, rounds done, rounds at most, text)."""
+
+
+def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[str, Any]:
+    """Run `cell`, or go on where an interrupted run stopped; writes FOLDER/ID.json when it is done and
+    returns what it holds. Finished learning rates are kept in FOLDER/ID.part."""
+    path = folder / f"{cell.id}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    parts = folder / f"{cell.id}.part"
+    parts.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+
+    def train(index: int, cap: float, kind: str = "run", target: float = cell.target) -> Run:
+        return _kept(parts / f"{kind}{index:+d}.json", cell, effort, index, cap, target, report)
+
+    probes: list[Run] = []
+    if effort.probe is None:
+        runs, interior = search(train, effort.start, effort.most)
+    else:
+        probes, interior = search(
+            lambda i, _: train(i, float(effort.probe or 1), "probe", inf), effort.start, effort.most
+        )
+        runs = [train(min(probes, key=lambda r: r.order).index, inf)]
+    best = min(runs, key=lambda r: r.order)
+    result = {
+        "schema": SCHEMA,
+        "cell": cell.setting(),
+        "paper_rounds": cell.paper_rounds,
+        "rounds": best.rounds,
+        "lr": best.lr,
+        "interior": interior,
+        "effort": asdict(effort),
+        "runs": [asdict(r) for r in runs],
+        "probes": [asdict(r) for r in probes],
+        "engine": _task(cell, effort, best.lr).engine_for(_data(cell.data).input_shape).name,
+        "note": _data(cell.data).note,
+        "command": document.command_line(),
+        "seconds": time.perf_counter() - begun,
+        "versions": document.versions(),
+    }
+    write_json(path, result)
+    for leftover in parts.iterdir():
+        leftover.unlink()
+    parts.rmdir()
+    return result
+
+
+def _kept(
+    path: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
+) -> Run:
+    """The run in `path`, or a new one that is then kept there."""
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Run(**{**content, "corners": tuple((n, a) for n, a in content["corners"])})
+    run = _train(path.with_suffix(".pt"), cell, effort, index, cap, target, report)
+    write_json(path, asdict(run))
+    path.with_suffix(".pt").unlink(missing_ok=True)
+    return run
+
+
+def _train(
+    checkpoint: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
+) -> Run:
+    """Train at one learning rate to the target, `cap`, the budget, or divergence."""
+    lr, most = effort.lr(index), int(min(effort.budget, cap if cap == inf else ceil(cap)))
+    task = _task(cell, effort, lr)
+    clients, data = _clients(cell, effort)
+    assert data.test is not None
+    reachable = target if target <= 1 else None
+    federation = fed.Federation(
+        task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
+    )
+    config = {**cell.setting(), "lr": lr, "seed": effort.seed, "eval_every": effort.eval_every}
+    state = fed.State(task.layout.row(task.model).to(effort.device))
+    if checkpoint.exists():
+        state = fed.resume(checkpoint, config)
+        state = replace(state, params=state.params.to(effort.device))
+    begun = saved = time.perf_counter()
+    ended = "cap"
+    try:
+        for step in fed.federate(federation, state, most):
+            state = step.state
+            best = max((e.accuracy for _, e in state.evaluated), default=0.0)
+            report(f"{cell.id} lr {lr:.4g}", state.round, most, f"best accuracy {best:.4f}")
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                fed.save(checkpoint, state, config)
+                saved = time.perf_counter()
+    except InputError:
+        ended = "diverged"
+    curve = [(n, e.accuracy) for n, e in state.evaluated]
+    crossing = rounds_to(curve, target)
+    corners = tuple(improvements(curve))
+    return Run(
+        index=index,
+        lr=lr,
+        rounds=crossing,
+        ran=state.round,
+        best=corners[-1][1] if corners else 0.0,
+        ended="target" if crossing is not None else ended,
+        corners=corners,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+@cache
+def _data(name: str) -> Dataset:
+    return load(name)
+
+
+@cache
+def _clients(cell: Cell, effort: Effort) -> tuple[Dealt, Dataset]:
+    data = _data(cell.data)
+    rng = stream(effort.seed, "partition", cell.partition)
+    parts = partition(cell.partition, data.train.y.numpy(), cell.clients, rng)
+    return Dealt(data.train.to(effort.device), parts), data
+
+
+def _task(cell: Cell, effort: Effort, lr: float) -> Task:
+    data = _data(cell.data)
+    rng = torch_stream(effort.seed, "model")
+    model = models.build(cell.model, data.input_shape, data.num_classes, rng).to(torch.device(effort.device))
+    local = LocalSpec(cell.E, cell.B, lr)
+    return Task(model, cross_entropy, local, DefenseStack([]), effort.seed, stop_on_failure=False)

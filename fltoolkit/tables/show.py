@@ -1,0 +1,130 @@
+"""Printing a table with the paper's numbers beside ours, and its picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fltoolkit.report import terminal
+from fltoolkit.tables.cells import Cell, Table, citation
+
+Results = Mapping[str, dict[str, Any]]
+"""Cell id -> what its JSON file holds."""
+
+NOT_RUN = "not run"
+DASH = "—"
+NEAR = 1.5
+
+
+def read_results(table: Table, folder: Path) -> Results:
+    found = {}
+    for cell in table.cells:
+        path = folder / f"{cell.id}.json"
+        if path.exists():
+            found[cell.id] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def render(table: Table, results: Results) -> str:
+    """Every cell as `ours (speed-up) | paper (speed-up)`, then how many are near, and what to know."""
+    by_place = {(c.row, c.column): c for c in table.cells}
+    known = {c.id: c for c in table.cells}
+    rows = []
+    for row in table.rows:
+        cells = [by_place.get((row, column)) for column in table.columns]
+        rows.append((row, *("" if c is None else _entry(c, known, results) for c in cells)))
+    header = ("ours | paper", *table.columns)
+    lines = [table.title, "", terminal.table(header, rows), "", table.note]
+    lines += [_nearness(table, results), *_remarks(table, results), f"Paper: {citation()}"]
+    return "\n".join(lines)
+
+
+def _entry(cell: Cell, known: Mapping[str, Cell], results: Results) -> str:
+    base = known[cell.baseline]
+    ours: float | None = None
+    if cell.id not in results:
+        text = NOT_RUN
+    else:
+        ours = results[cell.id]["rounds"]
+        text = DASH if ours is None else f"{ours:.0f}"
+        if not results[cell.id]["interior"]:
+            text += "*"
+    base_ours = results[base.id]["rounds"] if base.id in results else None
+    is_base = cell.id == base.id
+    left = text + ("" if is_base else _speedup(base_ours, ours))
+    paper = DASH if cell.paper_rounds is None else str(cell.paper_rounds)
+    return f"{left} | {paper}" + ("" if is_base else _speedup(base.paper_rounds, cell.paper_rounds))
+
+
+def _speedup(base: float | None, rounds: float | None) -> str:
+    return "" if base is None or rounds is None else f" ({base / rounds:.1f}×)"
+
+
+def _nearness(table: Table, results: Results) -> str:
+    """How many cells are within a factor of the paper's; a dash agrees with a dash only."""
+    ran = [c for c in table.cells if c.id in results]
+    near = sum(_is_near(c, results[c.id]["rounds"]) for c in ran)
+    share = f" ({near / len(ran):.0%})" if ran else ""
+    return f"{len(ran)} of {len(table.cells)} cells run; {near}{share} within {NEAR}x of the paper's rounds."
+
+
+def _is_near(cell: Cell, ours: float | None) -> bool:
+    if ours is None or cell.paper_rounds is None:
+        return ours is None and cell.paper_rounds is None
+    return 1 / NEAR <= ours / cell.paper_rounds <= NEAR
+
+
+def _remarks(table: Table, results: Results) -> list[str]:
+    lines = []
+    if any(not r["interior"] for r in results.values()):
+        lines.append("* the best learning rate found lies at the edge of those tried.")
+    if any(r["probes"] for r in results.values()):
+        lines.append("Some cells ran at one learning rate only, chosen by a short probe recorded with them.")
+    for cell in table.cells:
+        ours = results[cell.id]["rounds"] if cell.id in results else None
+        if cell.id in results and not _is_near(cell, ours):
+            budget = results[cell.id]["effort"]["budget"]
+            got = f"not reached in {budget} rounds" if ours is None else f"{ours:.0f} rounds"
+            lines.append(f"{cell.id}: {got}, paper {cell.paper_rounds or 'not reached'}.")
+    lines += sorted({r["note"] for r in results.values() if r["note"]})
+    return lines
+
+
+def draw(table: Table, results: Results, path: Path) -> None:
+    """Best-so-far test accuracy over rounds (logarithmic), one panel a column, one line a cell run."""
+    from matplotlib import colormaps
+
+    from fltoolkit.report.figures import GRID, INK, panels, save, tidy
+
+    figure, axes = panels(len(table.columns))
+    shade = colormaps["viridis"]
+    for column, axis in zip(table.columns, axes, strict=True):
+        cells = [c for c in table.cells if c.column == column]
+        for i, cell in enumerate(cells):
+            if cell.id not in results:
+                continue
+            best = min(results[cell.id]["runs"], key=lambda r: (r["rounds"] or float("inf"), -r["best"]))
+            rounds, accuracy = zip(*best["corners"], strict=True)
+            colour = shade(i / max(1, len(cells) - 1) * 0.9)
+            end = (best["ran"],)
+            axis.plot(
+                (*rounds, *end),
+                (*accuracy, accuracy[-1]),
+                color=colour,
+                lw=1.6,
+                label=cell.row,
+                drawstyle="steps-post",
+            )
+            if best["rounds"] is not None:
+                axis.plot(best["rounds"], cell.target, "o", color=colour, ms=4)
+        axis.axhline(cells[0].target, color=GRID, lw=1.2, zorder=0)
+        axis.set_xscale("log")
+        axis.set_ylim(max(0.0, cells[0].target - 0.15), min(1.0, cells[0].target + 0.02))
+        axis.set_title(column, fontsize=10, color=INK)
+        tidy(axis, "communication rounds", "best test accuracy so far")
+    handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(table.title, fontsize=11, color=INK)
+    save(figure, path)

@@ -1,0 +1,244 @@
+"""The FedAvg paper's tables: its numbers as data, rounds to a target, the search, resumable cells."""
+
+from __future__ import annotations
+
+import json
+from math import inf
+
+import numpy as np
+import pytest
+import torch
+
+from fltoolkit.data.dataset import Dataset
+from fltoolkit.errors import InputError
+from fltoolkit.tables import cells, figure1, run, search, show
+from fltoolkit.types import Examples
+
+
+def test_papers_numbers_are_those_printed():
+    """Spot checks of each table against the paper, the speed-ups that it prints among them."""
+    numbers = {c.id: c for name in cells.names() for c in cells.table(name).cells}
+    assert numbers["2nn-C0.1-B10-iid"].paper_rounds == 87
+    assert numbers["2nn-C0.5-Binf-noniid"].paper_rounds is None
+    assert numbers["lstm-E5-B10-role"].paper_rounds == 41
+    printed = {
+        "2nn-C1.0-B10-noniid": 8.6,
+        "cnn-C1.0-B10-noniid": 9.9,
+        "cnn-E20-B10-iid": 34.8,
+        "cnn-E5-Binf-noniid": 0.5,
+        "lstm-E5-B10-role": 95.3,
+        "fedavg-0.82": 49.2,
+    }
+    for cell, factor in printed.items():
+        c = numbers[cell]
+        assert numbers[c.baseline].paper_rounds / c.paper_rounds == pytest.approx(factor, abs=0.06)
+    assert [len(cells.table(n).cells) for n in cells.names()] == [20, 20, 18, 12, 9]
+
+
+def test_u_is_the_expected_number_of_local_updates():
+    """u = E n / (K B) with n / K = 600 on MNIST."""
+    for c in cells.table("table2-mnist").cells:
+        assert c.u == pytest.approx(c.E * 600 / (c.B or 600))
+
+
+@pytest.mark.parametrize(
+    ("curve", "target", "expected"),
+    [
+        ([(1, 0.2), (2, 0.4), (3, 0.8)], 0.6, 2.5),
+        ([(1, 0.2), (2, 0.4), (3, 0.3), (4, 0.8)], 0.6, 3.5),
+        ([(5, 0.2), (10, 0.6)], 0.6, 10.0),
+        ([(1, 0.7)], 0.6, 1.0),
+        ([(1, 0.2), (2, 0.5)], 0.6, None),
+        ([], 0.6, None),
+    ],
+)
+def test_rounds_to_a_target_interpolate_the_best_so_far_curve(curve, target, expected):
+    """In the second case the best before the crossing is 0.4, held until round 3."""
+    assert search.rounds_to(curve, target) == (None if expected is None else pytest.approx(expected))
+
+
+def test_rounds_equal_numpys_interpolation_of_the_running_maximum():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        curve = [(i + 1, a) for i, a in enumerate(np.clip(rng.normal(np.linspace(0.1, 0.9, 40), 0.1), 0, 1))]
+        best = np.maximum.accumulate([a for _, a in curve])
+        keep = np.r_[True, np.diff(best) > 0]
+        corners = search.improvements(curve)
+        assert corners == [(n, a) for (n, a), k in zip(curve, keep, strict=True) if k]
+        target = float(best[0] + 0.5 * (best[-1] - best[0]))
+        expected = np.interp(target, best, np.arange(1, 41))
+        i = int(np.argmax(best >= target))
+        expected = i + (target - best[i - 1]) / (best[i] - best[i - 1])
+        assert search.rounds_to(curve, target) == pytest.approx(expected)
+
+
+def landscape(best, width=6, calls=None):
+    """Rounds that grow away from index `best`; beyond `width` indices the target is not reached."""
+
+    def train(index, cap):
+        rounds = 10.0 + 5 * abs(index - best)
+        reached = rounds <= cap and abs(index - best) <= width
+        if calls is not None:
+            calls.append((index, cap))
+        accuracy = 1 - abs(index - best) / 100
+        return search.Run(index, 10.0**index, rounds if reached else None, 0, accuracy, "", (), 0.0)
+
+    return train
+
+
+@pytest.mark.parametrize("start", [-7, -1, 0, 4])
+def test_search_ends_with_the_best_in_the_interior(start):
+    runs, interior = search.search(landscape(0), start, 30)
+    best = min(runs, key=lambda r: r.order)
+    assert (best.index, interior) == (0, True)
+    assert {-1, 0, 1} <= {r.index for r in runs}
+
+
+def test_search_walks_by_accuracy_where_no_rate_reaches_the_target():
+    runs, interior = search.search(landscape(2, width=-1), -3, 30)
+    assert (min(runs, key=lambda r: r.order).index, interior) == (2, True)
+
+
+def test_search_caps_what_cannot_win_and_stops_at_most():
+    calls = []
+    search.search(landscape(0, calls=calls), 0, 30)
+    assert calls == [(0, inf), (1, 10.0), (-1, 10.0)]
+    runs, interior = search.search(landscape(9), 0, 4)
+    assert len(runs) == 4
+    assert not interior
+
+
+def easy_data():
+    """Four classes that a linear model tells apart, 200 training and 100 test examples."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(300) % 4
+    x = 0.5 * torch.randn(300, 1, 4, 4, generator=rng)
+    x[torch.arange(300), 0, y, y] += 1.5
+    train, test = Examples(x[:200], y[:200]), Examples(x[200:], y[200:])
+    return Dataset("easy", train, test, 4)
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    monkeypatch.setattr(run, "load", lambda name: easy_data())
+    run._data.cache_clear()
+    run._clients.cache_clear()
+    yield cells.Cell("c", "row", "column", "c", "easy", "softmax", "iid", 10, 0.3, 1, 5, 0.85, 20)
+    run._data.cache_clear()
+    run._clients.cache_clear()
+
+
+def silent(*args):
+    pass
+
+
+def test_cell_finds_the_rate_and_keeps_its_result(cell, tmp_path):
+    effort = run.Effort(budget=40, resolution=1, start_lr=0.01)
+    result = run.run_cell(cell, effort, tmp_path, silent)
+    assert result["interior"]
+    assert result["rounds"] < 40
+    reached = {r["lr"]: r["rounds"] for r in result["runs"]}
+    assert result["rounds"] == min(v for v in reached.values() if v is not None)
+    assert result["lr"] > 0.01
+    assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
+    before = (tmp_path / "c.json").read_bytes()
+    assert run.run_cell(cell, effort, tmp_path, silent) == json.loads(before)
+    assert (tmp_path / "c.json").read_bytes() == before
+
+
+def test_killed_cell_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
+    """Killed in the middle of a learning rate, twice; the checkpoint is written after every round."""
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    effort = run.Effort(budget=30, resolution=1)
+    whole = run.run_cell(cell, effort, tmp_path / "whole", silent)
+    folder = tmp_path / "cut"
+
+    def killer(after):
+        seen = iter(range(10**6))
+
+        def report(*args):
+            if next(seen) == after:
+                raise KeyboardInterrupt
+
+        return report
+
+    for after in (3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run.run_cell(cell, effort, folder, killer(after))
+        assert not (folder / "c.json").exists()
+    cut = run.run_cell(cell, effort, folder, silent)
+    for r in (*cut["runs"], *whole["runs"]):
+        r.pop("seconds")
+    assert cut["runs"] == whole["runs"]
+    assert cut["rounds"] == whole["rounds"]
+
+
+def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):
+    result = run.run_cell(cell, run.Effort(budget=40, resolution=1, probe=3), tmp_path, silent)
+    assert {r["ran"] for r in result["probes"]} == {3}
+    assert len(result["runs"]) == 1
+    best = max(result["probes"], key=lambda r: r["best"])
+    assert result["lr"] == result["runs"][0]["lr"] == best["lr"]
+
+
+def test_diverged_rate_is_a_result(cell, tmp_path):
+    train = run._train(tmp_path / "x.pt", cell, run.Effort(budget=30), 120, inf, 0.85, silent)
+    assert train.ended == "diverged"
+    assert train.rounds is None
+
+
+def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
+    table = cells.table("table1-2nn")
+
+    def result(rounds, interior=True):
+        return {
+            **{"rounds": rounds, "interior": interior, "probes": [], "note": "", "effort": {"budget": 99}},
+            "runs": [{"rounds": rounds, "best": 0.97, "ran": 90, "corners": [[1, 0.5], [80, 0.97]]}],
+        }
+
+    results = {
+        "2nn-C0.0-B10-iid": result(300.4),
+        "2nn-C0.1-B10-iid": result(60.0, interior=False),
+        "2nn-C0.5-Binf-iid": result(None),
+        "2nn-C0.2-B10-noniid": result(None),
+    }
+    text = show.render(table, results)
+    assert "300 | 316" in text
+    assert "60* (5.0×) | 87 (3.6×)" in text
+    assert "— | —" in text
+    assert "not run | 1474 (1.0×)" in text
+    assert "4 of 20 cells run; 3 (75%) within 1.5x" in text
+    assert "2nn-C0.2-B10-noniid: not reached in 99 rounds, paper 619." in text
+    assert "1602.05629" in text
+    show.draw(table, results, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 20_000
+
+
+def test_figure_1_shows_that_a_shared_start_makes_averaging_work():
+    result = figure1.compute(easy_data_as_mnist(), 0, "cpu", repeats=2)
+    apart, shared = (np.mean(figure1.middle(result, case)) for case in figure1.CASES)
+    assert apart > 0.05
+    assert shared < apart / 2
+    ends = np.array(result["losses"][figure1.CASES[1]])
+    assert ends.shape == (2, 50)
+    assert result["thetas"][0] == -0.2
+    assert result["thetas"][-1] == 1.2
+
+
+def easy_data_as_mnist():
+    """1,797 real digits instead of MNIST, split in two parts of 600 by the figure itself."""
+    from fltoolkit.data import load
+
+    return load("digits")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cells.table("table9"), "unknown table 'table9'"),
+        (lambda: cells.table("table3").only(["2nn"]), "cells must match one of sgd-0.8"),
+    ],
+)
+def test_unknown_names_list_the_known(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
