@@ -13,6 +13,7 @@ from fltoolkit.commands.table import TABLES, TableOptions, run_table
 from fltoolkit.commands.train import TrainOptions, run_train
 from fltoolkit.errors import InputError
 from fltoolkit.options import add_options, read_options
+from fltoolkit.specs import options_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
 
     about = registry.describe(registry.attack_class(name))
     parser = argparse.ArgumentParser(f"python -m attacks.{name}", description=f"{about}.")
-    add_options(parser, AuditOptions, registry.options_of(registry.attack_class(name)))
+    add_options(parser, AuditOptions, options_of(registry.attack_class(name)))
     parsed = parser.parse_args(argv)
     sys.exit(guarded(lambda: run_audit(name, read_options(AuditOptions, parsed))))
 

@@ -52,6 +52,7 @@ def run_audit(attack: str, o: AuditOptions) -> int:
     from fltoolkit.report import terminal
     from fltoolkit.report.figures import reconstruction_figure
     from fltoolkit.report.files import output_folder, write_json
+    from fltoolkit.specs import parse
     from fltoolkit.types import LocalSpec
 
     spec = attack if not o.option else f"{attack}{',' if ':' in attack else ':'}{','.join(o.option)}"
@@ -71,7 +72,7 @@ def run_audit(attack: str, o: AuditOptions) -> int:
         threshold_db=o.threshold_db,
     )
     audit.Stage(scene)
-    name = registry.parse(attack)[0]
+    name = parse(attack)[0]
     folder = output_folder(o.out, name)
     bar = terminal.Bar(name)
     result = audit.run(scene, bar)

@@ -156,7 +156,9 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
     shape, classes = data.input_shape, data.num_classes
     model = models.build(o.model, shape, classes, torch_stream(o.seed, "model")).to(o.device)
     models.check_fits(model, shape, classes)
-    parts = partition(o.partition, data.train.y.numpy(), o.clients, stream(o.seed, "partition"))
+    parts = partition(
+        o.partition, data.train.y.numpy(), o.clients, stream(o.seed, "partition"), data.client_ids
+    )
     clients = Dealt(data.train.to(o.device), parts)
     task = Task(
         model,

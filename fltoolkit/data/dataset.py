@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from fltoolkit.types import Examples
@@ -25,6 +26,10 @@ class Dataset:
     input_range: tuple[float, float] = (0.0, 1.0)
     clients: Tensor | None = None
     note: str = ""
+
+    @property
+    def client_ids(self) -> np.ndarray | None:
+        return None if self.clients is None else self.clients.numpy()
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -177,7 +177,7 @@ def _data(name: str) -> Dataset:
 def _clients(cell: Cell, effort: Effort) -> tuple[Dealt, Dataset]:
     data = _data(cell.data)
     rng = stream(effort.seed, "partition", cell.partition)
-    parts = partition(cell.partition, data.train.y.numpy(), cell.clients, rng)
+    parts = partition(cell.partition, data.train.y.numpy(), cell.clients, rng, data.client_ids)
     return Dealt(data.train.to(effort.device), parts), data
 
 

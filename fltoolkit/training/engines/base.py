@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,6 +60,20 @@ def in_callers_order(rows: Tensor, order: Sequence[int]) -> Tensor:
     if list(order) == sorted(order):
         return rows
     return rows[torch.tensor(order, device=rows.device).argsort()]
+
+
+def each_on_its_core(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
+    """`work(item)` for every item, on as many threads, none of which splits its operations further."""
+    if min(threads, len(items)) <= 1:
+        for item in items:
+            work(item)
+        return
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(cores)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ whose linear and recurrent layers are swapped for faster ones that compute the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from queue import SimpleQueue
 
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fltoolkit.training.engines.base import Engine, shuffled
+from fltoolkit.training.engines.base import Engine, each_on_its_core, shuffled
 from fltoolkit.training.engines.fused import called_once, fuse
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
@@ -56,8 +54,7 @@ class Looped(Engine):
                     torch.manual_seed(int(rng.spawn(1)[0].integers(2**62)))
                     train(k)
             return out
-        with _one_core_each(threads) as pool:
-            list(pool.map(train, range(len(data))))
+        each_on_its_core(train, range(len(data)), threads)
         return out
 
     def _draws(self) -> bool:
@@ -67,17 +64,6 @@ class Looped(Engine):
 
 
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.RReLU, nn.FractionalMaxPool2d)
-
-
-@contextmanager
-def _one_core_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads that do not split their operations further."""
-    cores = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(cores)
 
 
 class _Worker:
