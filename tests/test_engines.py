@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fltoolkit import models
-from fltoolkit.loss import cross_entropy
+from fltoolkit.errors import InputError
+from fltoolkit.loss import IGNORE, cross_entropy
+from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import ENGINES, choose
 from fltoolkit.types import Examples, Layout, LocalSpec
 
@@ -28,7 +30,7 @@ def plain_loop(model, params, data, local, rngs):
         for _ in range(local.epochs):
             for b in batches:
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(mine(d.x[b]), d.y[b]).backward()
+                cross_entropy(mine(d.x[b]), d.y[b]).mean().backward()
                 optimiser.step()
         rows.append(layout.row(mine) - params)
     return torch.stack(rows)
@@ -121,6 +123,83 @@ def test_engine_equals_the_plain_loop(engine, model, recipe):
     assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
     assert torch.equal(params, before)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), kept.parameters(), strict=True))
+
+
+def lines(sizes, tokens=7, length=9):
+    """Lines of token ids with the next token as label, of any length from 1 up, padded at their end."""
+    rng = np.random.default_rng(0)
+    data = []
+    for n in sizes:
+        ids = torch.from_numpy(rng.integers(0, tokens - 1, (n, length + 1)))
+        end = torch.from_numpy(rng.integers(1, length + 1, (n, 1)))
+        beyond = torch.arange(length) >= end
+        x = ids[:, :-1].masked_fill(beyond, tokens - 1)
+        data.append(Examples(x, ids[:, 1:].masked_fill(beyond, IGNORE)))
+    return data
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("engine", ["looped", "vmapped"])
+def test_engine_trains_language_models_as_the_plain_loop(engine, recipe):
+    """Two peephole layers over lines of unequal length; looped skips the padding, the plain loop does not."""
+    torch.manual_seed(3)
+    net = LanguageModel(7, 3, 5, 2)
+    for layer in net.layers:
+        layer.reset(torch.Generator().manual_seed(4))
+    local, data = RECIPES[recipe], lines((7, 1, 12, 4))
+    params = Layout.of(net).row(net)
+
+    def rngs():
+        return [np.random.default_rng(k) for k in range(len(data))]
+
+    rows = choose(net, cross_entropy, (9,), engine)(params, data, local, rngs())
+    expected = plain_loop(net, params, data, local, rngs())
+    assert expected.abs().max() > 1e-3
+    assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+
+
+def test_peephole_layer_is_its_equations_step_by_step():
+    """Against NumPy, one number at a time; without peepholes, against torch.nn.LSTM."""
+    layer = PeepholeLstm(3, 4)
+    layer.reset(torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
+    w, u, b, p = (t.detach().double().numpy() for t in layer.parameters())
+
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    expected = np.zeros((2, 5, 4))
+    for n in range(2):
+        h = c = np.zeros(4)
+        for t in range(5):
+            o, i, f, g = np.split(w @ x[n, t].numpy() + u @ h + b, 4)
+            c, before = np.zeros(4), c
+            for k in range(4):
+                keep, add = sigmoid(f[k] + p[8 + k] * before[k]), sigmoid(i[k] + p[4 + k] * before[k])
+                c[k] = keep * before[k] + add * np.tanh(g[k])
+            h = sigmoid(o + p[:4] * c) * np.tanh(c)
+            expected[n, t] = h
+    assert np.abs(layer(x).detach().numpy() - expected).max() < 1e-6
+
+    theirs = nn.LSTM(3, 4, batch_first=True)
+    with torch.no_grad():
+        layer.peephole.zero_()
+        order = torch.tensor([1, 2, 3, 0])
+        for mine, name in (
+            (layer.input_weight, "weight_ih_l0"),
+            (layer.hidden_weight, "weight_hh_l0"),
+            (layer.bias, "bias_ih_l0"),
+        ):
+            getattr(theirs, name).copy_(mine.unflatten(0, (4, 4))[order].flatten(0, 1))
+        theirs.bias_hh_l0.zero_()
+    assert (layer(x) - theirs(x)[0]).abs().max() < 1e-6
+
+
+def test_vmapped_refuses_what_draws_random_numbers():
+    drops = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(9, 4))
+    with pytest.raises(InputError, match="engine 'vmapped' cannot train this model: its forward pass draws"):
+        choose(drops, cross_entropy, (1, 3, 3), "vmapped")
+    assert choose(drops, cross_entropy, (1, 3, 3)).name == "looped"
 
 
 def test_every_engine_trains_something_here():

@@ -8,6 +8,8 @@ from torch import nn
 
 from fltoolkit import models
 from fltoolkit.errors import InputError
+from fltoolkit.models.images import Distorted
+from fltoolkit.models.text import CHARACTERS
 
 
 def built(name, shape=(1, 28, 28), classes=10, seed=0):
@@ -30,15 +32,18 @@ def make_nothing(shape, classes):
         ("lenet", (3, 32, 32), 100, 85_036),
         ("mlp", (1, 8, 8), 10, 19_210),
         ("softmax", (1, 28, 28), 10, 7_850),
+        ("cifarcnn", (3, 32, 32), 10, 1_068_298),
+        ("charlstm", (80,), CHARACTERS, 866_578),
+        ("wordlstm", (10,), 10_000, 4_950_544),
     ],
 )
 def test_parameter_counts(name, shape, classes, parameters):
     model = built(name, shape, classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    models.check_fits(model, shape, classes)
+    models.check_fits(model, shape, classes, models.MODELS[name].reads == "tokens")
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", [n for n, m in models.MODELS.items() if m.reads == "values"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 33, 21)])
 def test_models_adapt_to_the_shape_and_start_from_their_generator_alone(name, shape):
     state = torch.random.get_rng_state()
@@ -47,6 +52,46 @@ def test_models_adapt_to_the_shape_and_start_from_their_generator_alone(name, sh
     models.check_fits(first, shape, 10)
     pairs = list(zip(first.parameters(), same.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+
+
+@pytest.mark.parametrize("name", ["charlstm", "wordlstm"])
+def test_language_models_start_from_their_generator_alone_and_read_lines_only(name):
+    state = torch.random.get_rng_state()
+    first, same, other = built(name, (6,), 20), built(name, (6,), 20), built(name, (6,), 20, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    pairs = zip(first.parameters(), same.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+    with pytest.raises(InputError, match=r"must get lines of token ids \[T\], got inputs \(1, 28, 28\)"):
+        built(name)
+    with pytest.raises(InputError, match=r"must give 21 logits a token, got output shape \(2, 6, 20\)"):
+        models.check_fits(first, (6,), 21, tokens=True)
+    with pytest.raises(InputError, match="model must accept token ids of shape"):
+        models.check_fits(built("2nn"), (6,), 10, tokens=True)
+
+
+def test_distorted_images_are_cut_mirrored_and_standardised():
+    x = torch.rand(400, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    layer = Distorted(24, 24)
+    middle = layer.eval()(x)
+    assert middle.shape == (400, 3, 24, 24)
+    assert middle.mean((1, 2, 3)).abs().max() < 1e-5
+    assert (middle.std((1, 2, 3)) - 1).abs().max() < 1e-3
+    assert torch.allclose(
+        middle[0] * x[0, :, 4:28, 4:28].std() + x[0, :, 4:28, 4:28].mean(), x[0, :, 4:28, 4:28], atol=1e-3
+    )
+    torch.manual_seed(0)
+    ramp = torch.arange(32.0).expand(400, 3, 32, 32) / 64 + 0.25
+    drawn = layer.train()(ramp)
+    rising = drawn[:, 0, 0, 1] > drawn[:, 0, 0, 0]
+    assert 160 < rising.sum() < 240
+    raw = layer._distort(ramp)
+    slope = (raw[:, 0, 0, 1] - raw[:, 0, 0, 0]).abs() * 64
+    assert 0.2 <= slope.min() < 0.3
+    assert 1.7 < slope.max() <= 1.8
+    shift = raw.mean((1, 2, 3)) - ramp.mean()
+    cut = 4 / 64
+    assert 63 / 255 - 0.02 < shift.max() <= 63 / 255 + cut
+    assert torch.equal(layer.eval()(x), middle)
 
 
 def test_lenet_starts_uniform_within_a_half():
@@ -73,7 +118,7 @@ def test_users_model_by_module_and_function():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lanet", r"unknown model 'lanet'; did you mean 'lenet'\? \(known: 2nn, cnn"),
+        ("lanet", r"unknown model 'lanet'; did you mean 'lenet'\? \(known: 2nn, charlstm, cifarcnn, cnn"),
         ("no.such.module:f", "model must name an importable module:function"),
         ("test_models:nothing_here", "model must name an importable module:function"),
         ("test_models:make_nothing", "must return a torch.nn.Module, got NoneType"),

@@ -187,6 +187,16 @@ def test_diverged_rate_is_a_result(cell, tmp_path):
     assert train.rounds is None
 
 
+def test_rate_that_stands_still_is_given_up(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PATIENCE", 5)
+    still = run._train(tmp_path / "x.pt", cell, run.Effort(budget=60), -36, inf, 0.85, silent)
+    assert (still.ended, still.rounds) == ("stalled", None)
+    at = still.corners[-1][0]
+    assert still.ran == at + max(5, at)
+    moving = run._train(tmp_path / "y.pt", cell, run.Effort(budget=60), -6, inf, 0.85, silent)
+    assert moving.ended != "stalled"
+
+
 def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     table = cells.table("table1-2nn")
 

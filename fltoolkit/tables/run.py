@@ -31,6 +31,9 @@ from fltoolkit.types import LocalSpec
 
 SCHEMA = "fltoolkit.table-cell/1"
 SAVE_SECONDS = 30.0
+PATIENCE = 500
+"""A learning rate is given up after this many rounds without a better accuracy, if they are also half of all
+its rounds: its network is dead, or it has come as far as it can."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _kept(
 def _train(
     checkpoint: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
 ) -> Run:
-    """Train at one learning rate to the target, `cap`, the budget, or divergence."""
+    """Train at one learning rate to the target, `cap`, the budget, divergence or a standstill."""
     lr, most = effort.lr(index), int(min(effort.budget, cap if cap == inf else ceil(cap)))
     task = _task(cell, effort, lr)
     clients, data = _clients(cell, effort)
@@ -146,8 +149,11 @@ def _train(
     try:
         for step in fed.federate(federation, state, most):
             state = step.state
-            best = max((e.accuracy for _, e in state.evaluated), default=0.0)
+            at, best = _best(state)
             report(f"{cell.id} lr {lr:.4g}", state.round, most, f"best accuracy {best:.4f}")
+            if state.round - at >= max(PATIENCE, state.round / 2):
+                ended = "stalled"
+                break
             if time.perf_counter() - saved > SAVE_SECONDS:
                 fed.save(checkpoint, state, config)
                 saved = time.perf_counter()
@@ -166,6 +172,12 @@ def _train(
         corners=corners,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _best(state: fed.State) -> tuple[int, float]:
+    """The round with the best accuracy so far, the first of equals, and that accuracy; (0, 0) before any."""
+    best = max(state.evaluated, key=lambda e: e[1].accuracy, default=None)
+    return (0, 0.0) if best is None else (best[0], best[1].accuracy)
 
 
 @cache

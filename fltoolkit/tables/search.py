@@ -42,7 +42,8 @@ class Run:
     """One learning rate of a cell: lr = 10^(index / resolution).
 
     corners: the best-so-far curve where it rises. rounds: rounds to the target, or None. ended: "target",
-    "cap" (more rounds than `ran` could not have been better, or were not in the budget) or "diverged".
+    "cap" (more rounds than `ran` could not have been better, or were not in the budget), "diverged" or
+    "stalled".
     """
 
     index: int

@@ -62,6 +62,16 @@ def in_callers_order(rows: Tensor, order: Sequence[int]) -> Tensor:
     return rows[torch.tensor(order, device=rows.device).argsort()]
 
 
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.RReLU, nn.FractionalMaxPool2d)
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode may draw random numbers: layers of PyTorch that do, and
+    modules that say so by an attribute `draws`."""
+    layers = (m for m in model.modules() if m.training)
+    return any(isinstance(m, _RANDOM_LAYERS) or getattr(m, "draws", False) for m in layers)
+
+
 def each_on_its_core(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
     """`work(item)` for every item, on as many threads, none of which splits its operations further."""
     if min(threads, len(items)) <= 1:

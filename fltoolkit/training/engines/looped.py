@@ -2,7 +2,7 @@
 
 Made for convolutions and recurrence on a CPU, where a client's step is large enough to fill a core and
 batching clients only costs memory traffic. Each worker owns a copy of the model in channels-last memory
-whose linear and recurrent layers are swapped for faster ones that compute the same (`fused`).
+whose linear and recurrent layers are swapped for faster ones that compute the same (`fused`, `recurrent`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fltoolkit.training.engines.base import Engine, each_on_its_core, shuffled
+from fltoolkit.training.engines import recurrent
+from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, shuffled
 from fltoolkit.training.engines.fused import called_once, fuse
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
@@ -34,7 +35,8 @@ class Looped(Engine):
         rngs: Sequence[np.random.Generator],
     ) -> Tensor:
         out = params.new_empty(len(data), params.numel())
-        alone = params.device.type != "cpu" or self._draws()
+        alone = params.device.type != "cpu" or draws(self.model)
+        # Random numbers come from one global generator, so a model that draws trains client by client.
         threads = 1 if alone else min(torch.get_num_threads(), len(data))
         once = called_once(self.model, data[0].x[:1])
         idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -57,14 +59,6 @@ class Looped(Engine):
         each_on_its_core(train, range(len(data)), threads)
         return out
 
-    def _draws(self) -> bool:
-        """Whether a forward pass in training mode may draw random numbers. Those come from one global
-        generator, so such a model trains client by client."""
-        return any(isinstance(m, _RANDOM_LAYERS) and m.training for m in self.model.modules())
-
-
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.RReLU, nn.FractionalMaxPool2d)
-
 
 class _Worker:
     """A copy of the model that trains one client at a time."""
@@ -77,6 +71,7 @@ class _Worker:
         named = dict(self.model.named_parameters())
         self.params = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
+        recurrent.speed_up(self.model)
         if not self.velocity:
             fuse(self.model, once, 1 - local.lr * local.weight_decay, -local.lr)
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fltoolkit.training.engines.base import Engine, Stacked, in_callers_order, most_first
-from fltoolkit.types import Examples, LocalSpec
+from fltoolkit.training.engines.base import Engine, Stacked, draws, in_callers_order, most_first
+from fltoolkit.types import Examples, LocalSpec, Loss
 
 
 class Vmapped(Engine):
@@ -18,6 +18,10 @@ class Vmapped(Engine):
 
     name = "vmapped"
     about = "any module, all clients as one torch.func program; best where many small steps meet a GPU"
+
+    @classmethod
+    def refuses(cls, model: nn.Module, loss: Loss, input_shape: tuple[int, ...]) -> str | None:
+        return "its forward pass draws random numbers" if draws(model) else None
 
     def __call__(
         self,
