@@ -83,6 +83,7 @@ class Stage:
         self.clients: int = scene.clients or (wanted[0] if wanted else 1)
         self.stack = registry.make_stack(named, self.clients)
         self.data = load(scene.data) if isinstance(scene.data, str) else scene.data
+        check_searchable(self.data)
         needed, have = self.clients * scene.batch, len(self.data.train)
         if needed > have:
             raise InputError(
@@ -280,6 +281,11 @@ def check_local(local: LocalSpec) -> None:
     require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
     good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
     require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
+
+
+def check_searchable(data: Dataset) -> None:
+    if data.tokens:
+        raise InputError(f"data must hold real numbers, such as pixels, to be attacked, got {data.name!r}")
 
 
 def check_loss(loss: Loss, num_classes: int) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fltoolkit.commands.audit import AuditOptions, run_audit
 from fltoolkit.commands.listing import run_list
+from fltoolkit.commands.partition import PartitionOptions, run_partition
 from fltoolkit.commands.table import TABLES, TableOptions, run_table
 from fltoolkit.commands.train import TrainOptions, run_train
 from fltoolkit.errors import InputError
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("train", help="federated averaging, with an adversary looking on if asked"),
         TrainOptions,
     )
+    add_options(
+        commands.add_parser("partition", help="what each client would hold, counted and drawn"),
+        PartitionOptions,
+    )
     tables = commands.add_parser("table", help="the FedAvg paper's tables, run and printed beside the paper")
     tables.add_argument("name", metavar="NAME", help=TABLES)
     add_options(tables, TableOptions)
@@ -36,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: run_audit(parsed.attack, read_options(AuditOptions, parsed)))
     if parsed.command == "train":
         return guarded(lambda: run_train(read_options(TrainOptions, parsed)))
+    if parsed.command == "partition":
+        return guarded(lambda: run_partition(read_options(PartitionOptions, parsed)))
     if parsed.command == "table":
         return guarded(lambda: run_table(parsed.name, read_options(TableOptions, parsed)))
     return guarded(run_list)

@@ -225,7 +225,7 @@ def test_bad_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mnits", r"unknown data set 'mnits'; did you mean 'mnist'\? \(known: digits, fashion-mnist, folder"),
+        ("mnits", r"unknown data set 'mnits'; did you mean 'mnist'\? \(known: cifar10, digits, "),
         ("folder", "data must be 'folder:PATH', got 'folder'"),
         ("digits:8", "data must be 'digits', got 'digits:8'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -171,6 +172,24 @@ def test_killed_cell_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
         r.pop("seconds")
     assert cut["runs"] == whole["runs"]
     assert cut["rounds"] == whole["rounds"]
+
+
+def test_cells_of_one_setting_share_a_run(cell, tmp_path):
+    """The same setting in another table; a higher target that neither reaches; not one that was reached."""
+    effort = run.Effort(budget=40, resolution=1)
+    run.run_cell(cell, effort, tmp_path / "a", silent)
+    twin = run.run_cell(replace(cell, id="d", paper_rounds=7), effort, tmp_path / "b", silent)
+    assert (twin["shared_with"], twin["paper_rounds"], twin["cell"]["id"]) == ("a/c.json", 7, "d")
+    first = json.loads((tmp_path / "a" / "c.json").read_text(encoding="utf-8"))
+    assert (twin["rounds"], twin["runs"]) == (first["rounds"], first["runs"])
+    assert json.loads((tmp_path / "b" / "d.json").read_text(encoding="utf-8")) == twin
+    other = run.run_cell(replace(cell, id="e", target=0.9), effort, tmp_path / "b", silent)
+    assert "shared_with" not in other
+    short = replace(effort, budget=1)
+    low = run.run_cell(replace(cell, id="f", target=0.98), short, tmp_path / "b", silent)
+    high = run.run_cell(replace(cell, id="g", target=0.99), short, tmp_path / "b", silent)
+    assert low["rounds"] is high["rounds"] is None
+    assert high["shared_with"] == "b/f.json"
 
 
 def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):

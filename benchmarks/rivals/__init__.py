@@ -24,6 +24,7 @@ CLASSES = {
     "fedjax": "fedjax:FedJax",
     "flower": "flower:Flower",
     "lean": "lean:Lean",
+    "lean-nn": "lean:LeanNn",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fltoolkit.loss import cross_entropy
 from rivals import Client, Cohorts
 from rivals.common import row_of, start, tensors
 
@@ -24,7 +25,7 @@ def train(model: nn.Module, data: DataLoader, lr: float, epochs: int) -> None:
     for _ in range(epochs):
         for x, y in data:
             optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            cross_entropy(model(x), y).mean().backward()
             optimiser.step()
 
 

@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fltoolkit.models.text import PeepholeLstm
+
 
 def forward_flops(model: nn.Module, x: Tensor) -> tuple[float, float]:
     """Floating-point operations of `model` on the batch `x`, a multiplication and an addition being two: of
     all linear, convolutional and LSTM layers, and of the first of them alone."""
     counts: list[float] = []
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        if isinstance(layer, nn.LSTM):
-            sizes = [layer.input_size] + [layer.hidden_size] * (layer.num_layers - 1)
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(layer, PeepholeLstm):
             steps = inputs[0].shape[0] * inputs[0].shape[1]
-            for size in sizes:
-                counts.append(2.0 * steps * 4 * layer.hidden_size * (size + layer.hidden_size))
-        elif isinstance(layer, nn.Linear | nn.Conv2d) and isinstance(output, Tensor):
+            counts.append(2.0 * steps * (layer.input_weight.numel() + layer.hidden_weight.numel()))
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
             places = output.numel() // layer.weight.shape[0]
             counts.append(2.0 * places * layer.weight.numel())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ class TableOptions:
 
     cell: tuple[str, ...] = flag((), "run only cells whose id contains this, repeatable", "TEXT")
     show: bool = flag(False, "run nothing: print what has been run")
+    data: str | None = flag(None, "train on this data set instead of the table's", "NAME")
     start_lr: float = flag(0.1, "learning rate where the search begins", "LR")
     resolution: int = flag(3, "learning rates are 10^(i/R), i whole; the paper has 3 and 6", "R")
     most: int = flag(9, "learning rates that a cell may try", "N")
@@ -53,7 +54,7 @@ def run_table(name: str, o: TableOptions) -> int:
             bar = bars.setdefault(what, Bar(what, every=10.0, start=done - 1, ends=True))
             bar(done, of, text)
 
-        run_cell(cell, effort, folder, report)
+        run_cell(cell if o.data is None else replace(cell, data=o.data), effort, folder, report)
     results = show.read_results(chosen, folder)
     print(show.render(chosen, results))
     if results:

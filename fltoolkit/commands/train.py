@@ -34,7 +34,9 @@ class TrainOptions:
     partition: str = flag(
         "iid", "how examples are dealt to clients, e.g. iid, shards, dirichlet:alpha=0.5", "NAME[:key=value]"
     )
-    clients: int = flag(100, "clients K of the federation", "K")
+    clients: int | None = flag(
+        None, "clients K of the federation (default: 100, or those that the data comes from)", "K", int
+    )
     fraction: float = flag(0.1, "share C of the clients that each round samples, 0 to 1", "C")
     epochs: int = flag(5, "local epochs E", "E")
     batch: int | None = flag(
@@ -124,7 +126,7 @@ def _check(o: TrainOptions) -> None:
     from fltoolkit.audit import check_device
     from fltoolkit.errors import require
 
-    for name in ("rounds", "clients", "attack_every", "checkpoint_every"):
+    for name in ("rounds", "attack_every", "checkpoint_every"):
         require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
     require(0 < o.delta < 1, "delta", "between 0 and 1", o.delta)
     require(0 < o.lr_decay <= 1, "lr_decay", "above 0 and at most 1", o.lr_decay)
@@ -149,16 +151,17 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
 
     local = LocalSpec(o.epochs, o.batch, o.lr, o.momentum, o.weight_decay)
     check_local(local)
-    stack = registry.make_stack(o.defense, max(round(o.fraction * o.clients), 1))
+    registry.make_stack(o.defense)
     data = load(o.data)
     if data.test is None:
         raise InputError(f"data must have a test part to train on, got {o.data!r}, which has none")
     shape, classes = data.input_shape, data.num_classes
     model = models.build(o.model, shape, classes, torch_stream(o.seed, "model")).to(o.device)
-    models.check_fits(model, shape, classes)
+    models.check_fits(model, shape, classes, data.tokens)
     parts = partition(
         o.partition, data.train.y.numpy(), o.clients, stream(o.seed, "partition"), data.client_ids
     )
+    stack = registry.make_stack(o.defense, max(round(o.fraction * len(parts)), 1))
     clients = Dealt(data.train.to(o.device), parts)
     task = Task(
         model,
@@ -177,10 +180,12 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
 
 def _spy(o: TrainOptions, federation: Federation, data: Dataset) -> Spy:
     from fltoolkit import registry
-    from fltoolkit.audit import make_threat
+    from fltoolkit.audit import check_searchable, make_threat
     from fltoolkit.training.spy import Spy
 
     attack = registry.make_attack(o.attack) if o.attack else None
+    if attack is not None:
+        check_searchable(data)
     return Spy(attack, make_threat(o.threat), federation.task, data, o.attack_every)
 
 
@@ -196,6 +201,8 @@ def _report(o: TrainOptions, federation: Federation, state: State, spy: Spy) -> 
         "schema": document.TRAIN_SCHEMA,
         "command": document.command_line(),
         "options": {k: v for k, v in flags.items() if k not in ("out", "resume", "json")},
+        "clients": len(federation.clients),
+        "note": spy.data.note,
         "engine": federation.task.engine_for(tuple(federation.test.x.shape[1:])).name,
         "defenses": [dict(d) for d in stack.public()],
         "rounds": state.round,
@@ -216,7 +223,8 @@ def _write(folder: Path, o: TrainOptions, state: State, report: dict[str, Any], 
 
     write_json(folder / "report.json", report)
     title = (
-        f"FedAvg on {o.data}, {o.model}: K={o.clients}, C={o.fraction:g}, E={o.epochs}, B={o.batch or '∞'}"
+        f"FedAvg on {o.data}, {o.model}: K={report['clients']}, C={o.fraction:g}, "
+        f"E={o.epochs}, B={o.batch or '∞'}"
     )
     accuracy_figure(folder / "accuracy.png", state.evaluated, title)
     if spy.seen:
@@ -248,5 +256,7 @@ def _summary(report: dict[str, Any], folder: Path, spy: Spy) -> str:
         f"ε of messages {epsilon(e['message'])}, of the aggregates {epsilon(e['aggregate'])} "
         f"at δ = {e['delta']:g} (all rounds, per client)"
     )
+    if report["note"]:
+        lines.append(f"note: {report['note']}")
     lines.append("files: " + ", ".join(str(p) for p in sorted(folder.iterdir()) if p.is_file()))
     return "\n".join(lines)

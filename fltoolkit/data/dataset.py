@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from fltoolkit.types import Examples
 @dataclass(frozen=True)
 class Dataset:
     """train and test (None where there is none): x float32 `[N, C, H, W]` within input_range, y int64 `[N]`
-    in 0..num_classes - 1.
+    in 0..num_classes - 1. Of text, x and y are token ids `[N, T]` int64, y the next token or IGNORE.
 
     clients `[N_train]`: the natural client 0..K-1 of each training example, None where there is none.
     note: what must be said beside a figure that rests on this data.
@@ -32,5 +32,18 @@ class Dataset:
         return None if self.clients is None else self.clients.numpy()
 
     @property
+    def tokens(self) -> bool:
+        """Whether inputs are token ids, which nobody can search by gradient descent."""
+        return not self.train.x.is_floating_point()
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.train.x.shape[1:])
+
+
+def centred(data: Dataset) -> Dataset:
+    """Images in [0, 1] moved to [-0.5, 0.5], as TensorFlow's MNIST example of 2015 has them. McMahan et al.
+    2017 do not say how they scale pixels; this is the scaling with which their numbers come out."""
+    train, test = (s and Examples(s.x - 0.5, s.y) for s in (data.train, data.test))
+    assert train is not None
+    return replace(data, name=f"{data.name}-centred", train=train, test=test, input_range=(-0.5, 0.5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from fltoolkit.data.dataset import Dataset
+from fltoolkit.data.files import cached, local
 from fltoolkit.errors import InputError
 from fltoolkit.types import Examples
 
@@ -92,25 +92,5 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _locate(source: IdxSource, file: str) -> Path:
-    local = os.environ.get("FLTOOLKIT_DATA")
-    if local:
-        for name in (f"{file}.gz", file):
-            path = Path(local) / source.name / name
-            if path.exists():
-                return path
-    return _cached(source, f"{file}.gz", source.md5[file])
-
-
-def _cached(source: IdxSource, file: str, md5: str) -> Path:
-    import pooch
-
-    try:
-        found = pooch.retrieve(
-            source.url + file, f"md5:{md5}", fname=file, path=pooch.os_cache("fltoolkit") / source.name
-        )
-    except Exception as e:
-        raise InputError(
-            f"data {source.name!r} must be at hand or downloadable; {source.url}{file} gave: {e}. "
-            f"Set FLTOOLKIT_DATA to a folder that holds {source.name}/{file}"
-        ) from e
-    return Path(found)
+    found = local(source.name, f"{file}.gz", file)
+    return found or cached(source.name, source.url, f"{file}.gz", source.md5[file])

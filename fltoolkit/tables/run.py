@@ -75,6 +75,11 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
     path = folder / f"{cell.id}.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
+    shared = _from_twin(cell, effort, folder)
+    if shared is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, shared)
+        return shared
     parts = folder / f"{cell.id}.part"
     parts.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
@@ -112,6 +117,22 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         leftover.unlink()
     parts.rmdir()
     return result
+
+
+def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | None:
+    """The result of another cell of the same setting and effort, in this table or one beside it: the same
+    target, or a target that neither reaches."""
+    for path in sorted(folder.parent.glob("*/*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
+            continue
+        differs = {k for k, v in cell.setting().items() if found["cell"][k] != v}
+        lowest = min(cell.target, found["cell"]["target"])
+        neither = all(r["best"] < lowest for r in found["runs"])
+        if differs == {"id"} or (differs == {"id", "target"} and neither):
+            own = {"cell": cell.setting(), "paper_rounds": cell.paper_rounds}
+            return {**found, **own, "shared_with": str(path.relative_to(folder.parent))}
+    return None
 
 
 def _kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,12 @@ from torch.func import functional_call
 from fltoolkit.loss import IGNORE
 from fltoolkit.metrics.interval import rate_interval
 from fltoolkit.models import evaluating
+from fltoolkit.training.engines import recurrent
 from fltoolkit.training.round import Task
 from fltoolkit.types import Examples
 
-BATCH_VALUES = 1 << 20
-"""Input values that are evaluated at once."""
+BATCH_VALUES, BATCH_LINES = 1 << 20, 256
+"""Values of images, or lines of tokens, that are evaluated at once."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,24 @@ class Evaluation:
 def evaluate(task: Task, params: Tensor, test: Examples) -> Evaluation:
     """Predictions whose largest logit is the label's, in evaluation mode, and the mean loss."""
     weights = {n: _channels_last(p) for n, p in task.layout.unflatten(params).items()}
-    batch = max(1, BATCH_VALUES // max(1, test.x[0].numel()))
+    model = recurrent.fast(task.model)
     correct, loss = 0, 0.0
-    with evaluating(task.model), torch.no_grad():
-        for x, y in zip(test.x.split(batch), test.y.split(batch), strict=True):
-            logits = functional_call(task.model, weights, (_channels_last(x),))
+    with evaluating(model), torch.no_grad():
+        for x, y in _batches(test):
+            logits = functional_call(model, weights, (_channels_last(x),))
             correct += int((logits.argmax(-1) == y).sum())
             loss += float(task.loss(logits, y).sum())
     return Evaluation(correct, int((test.y != IGNORE).sum()), loss / len(test))
+
+
+def _batches(test: Examples) -> Iterator[tuple[Tensor, Tensor]]:
+    """Lines of tokens come by length, so that a batch has little padding."""
+    if test.y.dim() == 1:
+        batch = max(1, BATCH_VALUES // max(1, test.x[0].numel()))
+        yield from zip(test.x.split(batch), test.y.split(batch), strict=True)
+    else:
+        for lines in (test.y != IGNORE).sum(1).argsort().split(BATCH_LINES):
+            yield test.x[lines], test.y[lines]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ step forward and five backward, where autograd needs about fifteen and forty.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -112,6 +113,15 @@ def speed_up(model: nn.Module) -> None:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
         elif type(layer) is LanguageModel:
             layer.forward = partial(_trimmed, layer)  # type: ignore[method-assign]
+
+
+def fast(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the faster forward pass, or `model` itself where nothing is to be swapped."""
+    if not any(type(m) in (PeepholeLstm, LanguageModel) for m in model.modules()):
+        return model
+    copy = deepcopy(model)
+    speed_up(copy)
+    return copy
 
 
 def _forward(layer: PeepholeLstm, x: Tensor) -> Tensor:
