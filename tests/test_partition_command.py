@@ -98,6 +98,13 @@ def test_json_is_one_object_alone_on_stdout(tmp_path, capsys):
     assert "5 clients, 1,437 of 1,437 examples dealt" in captured.err
 
 
+def test_medians_between_two_numbers_are_not_rounded_away(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name: of_roles(classes=3))
+    assert cli.main(["partition", "--partition", "iid", "--clients", "8", "--out", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["examples", "7", "7.5", "8", "7.5"] in lines
+
+
 def of_roles(classes=None):
     """60 examples of 6 natural clients; classes None: labels are lines of 4 tokens."""
     y = torch.zeros(60, 4, dtype=torch.int64) if classes is None else torch.arange(60) % classes

@@ -133,9 +133,9 @@ def _plain(values: np.ndarray | None) -> Any:
 def _summary(held: Holdings, folder: Path) -> str:
     from fltoolkit.report.terminal import table
 
-    rows = [_row("examples", held.sizes, ",.0f")]
+    rows = [_row("examples", held.sizes)]
     if held.classes is not None and held.distance is not None:
-        rows += [_row("classes", held.classes, ",.0f"), _row("distance", held.distance, ".3f")]
+        rows += [_row("classes", held.classes), _row("distance", held.distance)]
         meaning = "distance: total variation between the class shares of a client and of all the data, 0 to 1"
     else:
         meaning = "labels are lines of tokens, so there are no classes to count"
@@ -154,8 +154,9 @@ def _clients(held: Holdings) -> str:
     return "1 client" if len(held.sizes) == 1 else f"{len(held.sizes):,} clients"
 
 
-def _row(name: str, values: np.ndarray, form: str) -> tuple[str, ...]:
-    """min, median and max in format `form`, the mean with three digits at least."""
-    numbers = (values.min(), np.median(values), values.max())
-    mean = f"{values.mean():,.1f}" if values.dtype.kind == "i" else f"{values.mean():{form}}"
-    return (name, *(f"{v:{form}}" for v in numbers), mean)
+def _row(name: str, values: np.ndarray) -> tuple[str, ...]:
+    """min, median, max and mean: of whole numbers to a tenth, of others to a thousandth."""
+    numbers = (values.min(), np.median(values), values.max(), values.mean())
+    if values.dtype.kind == "f":
+        return (name, *(f"{v:.3f}" for v in numbers))
+    return (name, *(f"{v:,.1f}".removesuffix(".0") for v in numbers))

@@ -1,4 +1,4 @@
-"""Fully connected networks: one batched matrix product a layer for all clients, backward by hand.
+"""Fully connected networks: one batched matrix product a layer for all clients.
 
 Clients' weights are views `[K, out, in]` into one matrix of rows `[K, D]`; `baddbmm_` adds the gradient
 to them in place, so no gradient is ever stored. On a CPU, each core steps a few clients of its own: two cores
@@ -7,8 +7,7 @@ that share one product wait for each other at every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,70 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit.loss import cross_entropy
+from fltoolkit.training.engines import dense
 from fltoolkit.training.engines.base import Engine, Stacked, each_on_its_core, in_callers_order, most_first
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
-aten = torch.ops.aten
-
-ACTIVATIONS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    nn.Identity: (lambda h: h, lambda d, h: d),
-    nn.ReLU: (torch.relu_, lambda d, h: aten.threshold_backward(d, h, 0)),
-    nn.Sigmoid: (torch.sigmoid_, aten.sigmoid_backward),
-    nn.Tanh: (torch.tanh_, aten.tanh_backward),
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "linear",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
 }
-"""Layer type -> (in-place activation, gradient from (d, the activation's output))."""
+"""Layer type -> its name in `dense.train`."""
+
+LINE = 16
+"""Floats in a cache line of 64 bytes."""
 
 CHUNK_BYTES = 4 << 20
 """Rows of clients that step together on one CPU core: about what stays in cache between two steps."""
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """A linear layer of every client, weight `[K, out, in]` and bias `[K, 1, out]` (None: without), their
-    velocities alike (None: no momentum), and the activation after it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_velocity: Tensor | None
-    bias_velocity: Tensor | None
-    activation: type[nn.Module]
-
-    def forward(self, h: Tensor) -> Tensor:
-        w = self.weight[: len(h)].transpose(1, 2)
-        out = torch.bmm(h, w) if self.bias is None else torch.baddbmm(self.bias[: len(h)], h, w)
-        return ACTIVATIONS[self.activation][0](out)
-
-    def descend(self, h: Tensor, d: Tensor, local: LocalSpec) -> None:
-        """One step of SGD on this layer, from its input h `[K, B, in]` and its gradient d `[K, B, out]`."""
-        k = len(h)
-        _step(
-            self.weight[:k],
-            None if self.weight_velocity is None else self.weight_velocity[:k],
-            local,
-            lambda t, beta, alpha: t.baddbmm_(d.transpose(1, 2), h, beta=beta, alpha=alpha),
-        )
-        if self.bias is not None:
-            _step(
-                self.bias[:k],
-                None if self.bias_velocity is None else self.bias_velocity[:k],
-                local,
-                lambda t, beta, alpha: t.mul_(beta).add_(d.sum(1, keepdim=True), alpha=alpha),
-            )
-
-
-def _step(
-    w: Tensor, velocity: Tensor | None, local: LocalSpec, add: Callable[[Tensor, float, float], Tensor]
-) -> None:
-    """w ← w − η v, v ← μ v + g + λ w, where `add(t, beta, alpha)` is t ← beta · t + alpha · g."""
-    if velocity is None:
-        add(w, 1 - local.lr * local.weight_decay, -local.lr)
-        return
-    if local.weight_decay:
-        velocity.mul_(local.momentum).add_(w, alpha=local.weight_decay)
-        add(velocity, 1.0, 1.0)
-    else:
-        add(velocity, local.momentum, 1.0)
-    w.sub_(velocity, alpha=local.lr)
 
 
 class Batched(Engine):
@@ -113,7 +65,7 @@ class Batched(Engine):
         rngs: Sequence[np.random.Generator],
     ) -> Tensor:
         order = most_first(data)
-        rows = params.expand(len(data), -1).clone()
+        rows = _aligned(len(data), params)
 
         def train(a: int) -> None:
             ids = order[a : a + at_once]
@@ -124,59 +76,61 @@ class Batched(Engine):
         if params.device.type == "cpu":
             at_once = min(at_once, max(1, CHUNK_BYTES // (params.numel() * params.element_size())))
         each_on_its_core(train, range(0, len(data), at_once), threads)
-        return in_callers_order(rows.sub_(params), order)
+        return in_callers_order(rows - params, order)
 
     def _train(
         self, rows: Tensor, data: Sequence[Examples], local: LocalSpec, rngs: Sequence[np.random.Generator]
     ) -> None:
         """Step the parameters in `rows [k, D]`, in place."""
         stacked = Stacked.of(data, rngs)
-        velocity = torch.zeros_like(rows) if local.momentum else None
-        layers = _dense_layers(self.model, self.layout, rows, velocity)
-        x = stacked.x.flatten(2)
         batches = stacked.epoch(local.batch)
-        for _ in range(local.epochs):
-            for part, held in batches:
-                a = len(held)
-                _sgd_step(layers, x[:a, part], stacked.y[:a, part], held, local)
+        names, kinds = _layers(self.model)
+        weights, biases = _views(self.layout, rows, names)
+        moving = torch.zeros_like(rows) if local.momentum else rows[:, :0]
+        dense.train(
+            stacked.x.flatten(2),
+            stacked.y,
+            [part.start for part, _ in batches],
+            batches[0][0].stop,
+            [_scale(held, stacked.x[:, part].shape[1]) for part, held in batches],
+            weights,
+            biases,
+            *(_views(self.layout, moving, names) if local.momentum else ([moving] * len(names),) * 2),
+            kinds,
+            local.epochs,
+            local.lr,
+            local.momentum,
+            local.weight_decay,
+        )
 
 
-def _sgd_step(layers: Sequence[_Dense], x: Tensor, y: Tensor, held: Tensor, local: LocalSpec) -> None:
-    """One step of all clients on their batches x `[K, B, in]`, y `[K, B]`; the first `held[k]` of B count."""
-    inputs = [x]
-    for layer in layers:
-        inputs.append(layer.forward(inputs[-1]))
-    d = torch.softmax(inputs.pop(), -1)
-    d.scatter_add_(2, y[..., None], d.new_full((*y.shape, 1), -1.0))
-    d.mul_(((torch.arange(x.shape[1], device=x.device) < held[:, None]) / held[:, None])[..., None])
-    for i in range(len(layers) - 1, -1, -1):
-        h = inputs[i]
-        below = torch.bmm(d, layers[i].weight[: len(d)]) if i else None
-        layers[i].descend(h, d, local)
-        if below is not None:
-            d = ACTIVATIONS[layers[i - 1].activation][1](below, h)
+def _aligned(count: int, params: Tensor) -> Tensor:
+    """`count` copies of `params [D]` as rows `[count, D]`, each of which begins at a cache line."""
+    padded = -(-params.numel() // LINE) * LINE
+    return params.new_empty(count, padded)[:, : params.numel()].copy_(params)
 
 
-def _dense_layers(model: nn.Module, layout: Layout, rows: Tensor, velocity: Tensor | None) -> list[_Dense]:
-    """The layers of a Sequential over views of `rows`."""
-    weights = layout.unflatten(rows)
-    velocities = {} if velocity is None else layout.unflatten(velocity)
-    steps = [(n, m) for n, m in model.named_children() if type(m) not in (nn.Flatten, nn.Identity)]
-    layers = []
-    for i, (name, module) in enumerate(steps):
-        if isinstance(module, nn.Linear):
-            after = type(steps[i + 1][1]) if i + 1 < len(steps) else nn.Identity
-            w, b = f"{name}.weight", f"{name}.bias"
-            activation = nn.Identity if after is nn.Linear else after
-            dense = _Dense(
-                weights[w], _rows_of(weights, b), velocities.get(w), _rows_of(velocities, b), activation
-            )
-            layers.append(dense)
-    return layers
+def _scale(held: Tensor, width: int) -> Tensor:
+    """1 / held[k] for the first held[k] of a client's `width` places, else 0: `[K, width, 1]`."""
+    places = torch.arange(width, device=held.device)
+    return ((places < held[:, None]) / held[:, None])[..., None]
 
 
-def _rows_of(tensors: dict[str, Tensor], bias: str) -> Tensor | None:
-    return tensors[bias][:, None] if bias in tensors else None
+def _layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of a Sequential, and of the activation after each."""
+    steps = [(n, type(m)) for n, m in model.named_children() if type(m) not in (nn.Flatten, nn.Identity)]
+    after = [kind for _, kind in steps[1:]] + [nn.Identity]
+    pairs = [
+        (n, ACTIVATIONS.get(a, "linear")) for (n, k), a in zip(steps, after, strict=True) if k is nn.Linear
+    ]
+    return [n for n, _ in pairs], [a for _, a in pairs]
+
+
+def _views(layout: Layout, rows: Tensor, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights `[K, out, in]` and biases `[K, 1, out]`, `[K, 0]` for none, as views of `rows [K, D]`."""
+    parts = layout.unflatten(rows)
+    biases = [parts[f"{n}.bias"][:, None] if f"{n}.bias" in parts else rows[:, :0] for n in names]
+    return [parts[f"{n}.weight"] for n in names], biases
 
 
 def _misplaced(layers: Sequence[nn.Module], input_shape: tuple[int, ...]) -> str | None:
