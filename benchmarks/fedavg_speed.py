@@ -7,8 +7,9 @@ MNIST images, random ones where MNIST is not found; for the character LSTM, 74 r
 Each simulator lives in a process of its own and they take turns, a block of rounds each, so that a slow
 minute of the machine meets all of them; ratios are taken within a turn. Before a block the benchmark waits
 for a quiet machine, two minutes at most, and notes how busy it was; no turn is left out. One round that does
-not count comes first. The training losses after it and at the end show that all did the same work. A
-simulator that cannot be imported is left out, and the reason is printed.
+not count comes before each block, since the memory of a process that waits grows cold. The training losses
+after the first round and at the end show that all did the same work. A simulator that cannot be imported is
+left out, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def measure(rivals: dict[str, Isolated], rounds: int, turns: int) -> Times:
         cohorts = cohorts_of(0, 1 + turn * rounds, rounds)
         for name, rival in rivals.items():
             busy[name].append(wait_until_quiet())
+            rival.rounds(cohorts_of(0, 0, 1))
             seconds[name].append(rival.rounds(cohorts) / rounds)
         shown = "  ".join(f"{name} {1e3 * s[-1]:.0f}" for name, s in seconds.items())
         print(f"turn {turn + 1}/{turns}, ms a round: {shown}", flush=True)
@@ -184,7 +186,7 @@ def main() -> None:
                 "model": chosen.model, "data": source, "clients": CLIENTS,
                 "examples_per_client": EXAMPLES[chosen.model],
                 "clients_per_round": COHORT, "batch": BATCH, "epochs": EPOCHS, "lr": LR,
-                "rounds_per_turn": chosen.rounds, "turns": chosen.turns, "rounds_before": 1,
+                "rounds_per_turn": chosen.rounds, "turns": chosen.turns, "rounds_before_turn": 1,
             },
             "machine": {"cores": os.cpu_count(), "threads": THREADS},
             "versions": versions(PACKAGES),
