@@ -14,7 +14,6 @@ from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import ENGINES, choose
-from fltoolkit.training.engines.fused import pool_first
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 
@@ -194,29 +193,6 @@ def test_peephole_layer_is_its_equations_step_by_step():
             getattr(theirs, name).copy_(mine.unflatten(0, (4, 4))[order].flatten(0, 1))
         theirs.bias_hh_l0.zero_()
     assert (layer(x) - theirs(x)[0]).abs().max() < 1e-6
-
-
-def test_pooling_before_relu_changes_no_value_and_no_gradient():
-    """Windows of negative numbers only among them; a pooling that returns indices stays where it is."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2), nn.ReLU(), nn.Flatten()
-    )
-    swapped = copy.deepcopy(net)
-    pool_first(swapped)
-    assert [type(m) for m in swapped[1:3]] == [nn.MaxPool2d, nn.ReLU]
-    x = torch.randn(4, 1, 8, 8)
-    pooled = net[:3](x)
-    assert (pooled == 0).any()
-    assert torch.equal(swapped[:3](x), pooled)
-    outputs = [m(x).square().sum() for m in (net, swapped)]
-    first, second = (
-        torch.autograd.grad(o, list(m.parameters())) for o, m in zip(outputs, (net, swapped), strict=True)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    kept = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
-    pool_first(kept)
-    assert type(kept[0]) is nn.ReLU
 
 
 def test_vmapped_refuses_what_draws_random_numbers():

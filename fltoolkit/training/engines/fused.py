@@ -1,8 +1,7 @@
 """Layers that compute what the ordinary ones do, faster, for a model that only plain SGD will train.
 
 A linear layer adds its weight gradient to the weight in the backward pass itself: w ← β w + α dᵀ x in one
-product, where autograd would write the gradient, read it, and write the weight again. ReLU and pooling change
-places.
+product, where autograd would write the gradient, read it, and write the weight again.
 """
 
 from __future__ import annotations
@@ -58,20 +57,6 @@ def called_once(model: nn.Module, x: Tensor) -> frozenset[str]:
         for h in hooks:
             h.remove()
     return frozenset(n for n, count in calls.items() if count == 1)
-
-
-def pool_first(model: nn.Module) -> None:
-    """Swap, in place, every ReLU with the max pooling that follows it in a Sequential: max(0, ·) and the
-    maximum of a window commute, gradients included, and the ReLU then has a window's one value to see."""
-    for parent in model.modules():
-        if type(parent) is nn.Sequential:
-            for i in range(len(parent) - 1):
-                if type(parent[i]) is nn.ReLU and _plain_pool(parent[i + 1]):
-                    parent[i], parent[i + 1] = parent[i + 1], parent[i]
-
-
-def _plain_pool(layer: nn.Module) -> bool:
-    return type(layer) is nn.MaxPool2d and not layer.return_indices
 
 
 def fuse(model: nn.Module, names: Collection[str], beta: float, alpha: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fltoolkit.training.engines import recurrent
 from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, shuffled
-from fltoolkit.training.engines.fused import called_once, fuse, pool_first
+from fltoolkit.training.engines.fused import called_once, fuse
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
 
@@ -72,7 +72,6 @@ class _Worker:
         self.params = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
-        pool_first(self.model)
         if not self.velocity:
             fuse(self.model, once, 1 - local.lr * local.weight_decay, -local.lr)
 
