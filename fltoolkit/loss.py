@@ -16,6 +16,6 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     the mean over its tokens (0 where it has none).
     """
     if logits.dim() == 3:
-        losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=IGNORE)
-        return losses.sum(1) / (y != IGNORE).sum(1).clamp_min(1)
+        flat = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORE)
+        return flat.view(y.shape).sum(1) / (y != IGNORE).sum(1).clamp_min(1)
     return F.cross_entropy(logits, y, reduction="none")

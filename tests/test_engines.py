@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import ENGINES, choose
+from fltoolkit.training.engines.fused import _DescendingLinear
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 
@@ -193,6 +195,20 @@ def test_peephole_layer_is_its_equations_step_by_step():
             getattr(theirs, name).copy_(mine.unflatten(0, (4, 4))[order].flatten(0, 1))
         theirs.bias_hh_l0.zero_()
     assert (layer(x) - theirs(x)[0]).abs().max() < 1e-6
+
+
+def test_a_cohort_leaves_no_copy_of_the_model_behind():
+    """Not even until the garbage collector comes by: a copy of a large model is as large as an update."""
+    net = models.build("cnn", (1, 8, 8), 4, torch.Generator().manual_seed(1))
+    engine, params = choose(net, cross_entropy, (1, 8, 8), "looped"), Layout.of(net).row(net)
+    gc.collect()
+    gc.disable()
+    try:
+        engine(params, clients((1, 8, 8), 4, (4, 4)), LocalSpec(1, 2, 0.1), [np.random.default_rng(0)] * 2)
+        left = [o for o in gc.get_objects() if type(o) is _DescendingLinear]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_vmapped_refuses_what_draws_random_numbers():

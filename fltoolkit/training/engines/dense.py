@@ -1,18 +1,14 @@
 """SGD on fully connected networks of many clients at once, forward and backward by hand.
 
-`train` is one TorchScript program, since a step is some twenty operations of a few microseconds: Python would
-spend as long between them, and threads would wait for each other's interpreter lock. Where TorchScript is not
-to be had, the same function runs as Python.
+`train` is one TorchScript program, since a step is some twenty operations of a few microseconds.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from fltoolkit.training.engines.script import scripted
 
 
 def _forward(h: Tensor, weight: Tensor, bias: Tensor, kind: str) -> Tensor:
@@ -87,13 +83,4 @@ def _train(
                     d = _backward(below, h, kinds[k - 1])
 
 
-def _scripted(function: Callable[..., None]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return torch.jit.script(function)
-        except Exception:  # whatever TorchScript raises, what remains is the same program
-            return function
-
-
-train = _scripted(_train)
+train = scripted(_train)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from fltoolkit.models import evaluating
 
 
-class _DescendingLinear(torch.autograd.Function):
+class _Descend(torch.autograd.Function):
     """y = x Wᵀ + b; the backward pass steps W and b and hands no gradient of theirs on.
 
     Saving W lets autograd refuse, loudly, a second use of W that comes after the step.
@@ -59,9 +58,19 @@ def called_once(model: nn.Module, x: Tensor) -> frozenset[str]:
     return frozenset(n for n, count in calls.items() if count == 1)
 
 
+class _DescendingLinear(nn.Linear):
+    """A linear layer whose backward pass is its step: w ← beta · w + alpha · gradient."""
+
+    beta: float
+    alpha: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Descend.apply(x, self.weight, self.bias, self.beta, self.alpha)
+        return result
+
+
 def fuse(model: nn.Module, names: Collection[str], beta: float, alpha: float) -> None:
-    """Swap the forward pass of the linear layers called `names`, in place, for one that steps
-    w ← beta · w + alpha · gradient as the backward pass goes by.
+    """Turn the linear layers called `names`, in place, into ones that step as the backward pass goes by.
 
     Left alone: layers whose parameters are frozen or belong to another layer too, and subclasses.
     """
@@ -69,9 +78,5 @@ def fuse(model: nn.Module, names: Collection[str], beta: float, alpha: float) ->
     for name, layer in model.named_modules():
         own = all(owners[id(p)] == 1 and p.requires_grad for p in layer.parameters(recurse=False))
         if name in names and type(layer) is nn.Linear and own:
-            layer.forward = partial(_descending, layer, beta, alpha)  # type: ignore[method-assign]
-
-
-def _descending(layer: nn.Linear, beta: float, alpha: float, x: Tensor) -> Tensor:
-    result: Tensor = _DescendingLinear.apply(x, layer.weight, layer.bias, beta, alpha)
-    return result
+            layer.__class__ = _DescendingLinear
+            layer.beta, layer.alpha = beta, alpha  # type: ignore[assignment]

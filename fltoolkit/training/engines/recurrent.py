@@ -1,13 +1,12 @@
 """The peephole LSTM's forward and backward pass by hand, for a model that only plain SGD will train.
 
 What does not wait for the step before is done for all steps at once. That leaves nine small operations a
-step forward and five backward, where autograd needs about fifteen and forty.
+step forward and five backward, where autograd needs about fifteen and forty; TorchScript runs through them.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
+from fltoolkit.training.engines.script import scripted
 
 
 class _Lstm(torch.autograd.Function):
@@ -31,17 +31,7 @@ class _Lstm(torch.autograd.Function):
         cells, hidden = x.new_empty(steps + 1, batch, units), x.new_empty(steps + 1, batch, units)
         cells[0], hidden[0] = 0, 0
         squashed = x.new_empty(steps, batch, units)
-        p_o, p_if = peephole[:units], peephole[units:].view(2, units)
-        z, ut = gates.flatten(2).unbind(), u.t()
-        pairs, seen = gates[:, :, 1:3].unbind(), cells.unsqueeze(2).unbind()
-        o, i, f, g = (gates[:, :, k].unbind() for k in range(4))
-        c, h, tanh_c = cells.unbind(), hidden.unbind(), squashed.unbind()
-        for t in range(steps):
-            z[t].addmm_(h[t], ut)
-            pairs[t].addcmul_(seen[t], p_if).sigmoid_()
-            torch.mul(f[t], c[t], out=c[t + 1]).addcmul_(i[t], g[t].tanh_())
-            o[t].addcmul_(c[t + 1], p_o).sigmoid_()
-            torch.mul(o[t], torch.tanh(c[t + 1], out=tanh_c[t]), out=h[t + 1])
+        _run(gates, cells, hidden, squashed, u.t(), peephole)
         ctx.save_for_backward(x, w, u, peephole, gates, cells, hidden, squashed)
         return hidden[1:]
 
@@ -65,6 +55,39 @@ class _Lstm(torch.autograd.Function):
             flat.sum(0),
             d_peephole.flatten(),
         )
+
+
+def _run_forward(
+    gates: Tensor, cells: Tensor, hidden: Tensor, squashed: Tensor, ut: Tensor, peephole: Tensor
+) -> None:
+    """Turn what the inputs give to `gates`, in place, into gates, and fill cells, hidden and tanh(cell)."""
+    units = squashed.size(2)
+    p_o, p_if = peephole[:units], peephole[units:].view(2, units)
+    for t in range(squashed.size(0)):
+        now, c = gates[t], cells[t + 1]
+        now.flatten(1).addmm_(hidden[t], ut)
+        now[:, 1:3].addcmul_(cells[t].unsqueeze(1), p_if).sigmoid_()
+        torch.mul(now[:, 2], cells[t], out=c).addcmul_(now[:, 1], now[:, 3].tanh_())
+        now[:, 0].addcmul_(c, p_o).sigmoid_()
+        torch.mul(now[:, 0], torch.tanh(c, out=squashed[t]), out=hidden[t + 1])
+
+
+def _run_backward(
+    dz: Tensor, dh: Tensor, u: Tensor, by_dh: Tensor, to_dc: Tensor, by_dc: Tensor, kept: Tensor
+) -> None:
+    """Fill dz `[T, B, 4, units]` from the last step to the first."""
+    last = dh.size(0) - 1
+    dc = torch.zeros_like(dh[0])
+    for k in range(last + 1):
+        t = last - k
+        now = dh[t] if k == 0 else torch.addmm(dh[t], dz[t + 1].flatten(1), u)
+        torch.mul(now, by_dh[t], out=dz[t, :, 0])
+        dc.addcmul_(now, to_dc[t])
+        torch.mul(dc.unsqueeze(1), by_dc[t], out=dz[t, :, 1:])
+        dc.mul_(kept[t])
+
+
+_run, _run_back = scripted(_run_forward), scripted(_run_backward)
 
 
 def _through_time(
@@ -93,46 +116,40 @@ def _through_time(
     torch.addcmul(i, i * g, g, value=-1, out=by_dc[:, :, 2])
     kept = torch.addcmul(f, by_dc[:, :, 0], p_i).addcmul_(by_dc[:, :, 1], p_f)
     dz = torch.empty_like(gates)
-    dz_o, dz_ifg, flat = dz[:, :, 0].unbind(), dz[:, :, 1:].unbind(), dz.flatten(2).unbind()
-    given, by_dh_t, to_dc_t, by_dc_t, kept_t = (s.unbind() for s in (dh, by_dh, to_dc, by_dc, kept))
-    dc = torch.zeros_like(dh[0])
-    dc_ifg, last = dc[:, None], len(dh) - 1
-    for t in range(last, -1, -1):
-        now = given[t] if t == last else torch.addmm(given[t], flat[t + 1], u)
-        torch.mul(now, by_dh_t[t], out=dz_o[t])
-        dc.addcmul_(now, to_dc_t[t])
-        torch.mul(dc_ifg, by_dc_t[t], out=dz_ifg[t])
-        dc.mul_(kept_t[t])
+    _run_back(dz, dh, u, by_dh, to_dc, by_dc, kept)
     return dz
 
 
+class _FastLstm(PeepholeLstm):
+    def forward(self, x: Tensor) -> Tensor:
+        time_major = x.transpose(0, 1).contiguous()
+        h: Tensor = _Lstm.apply(time_major, self.input_weight, self.hidden_weight, self.bias, self.peephole)
+        return h.transpose(0, 1)
+
+
+class _TrimmedModel(LanguageModel):
+    def forward(self, x: Tensor) -> Tensor:
+        """Read up to the longest line's end; zeros for the padding that all lines share."""
+        used = (x != self.padding).any(0).nonzero()
+        steps = int(used[-1]) + 1 if len(used) else 1
+        logits = super().forward(x[:, :steps])
+        return F.pad(logits, (0, 0, 0, x.shape[1] - steps))
+
+
+FASTER: dict[type[nn.Module], type[nn.Module]] = {PeepholeLstm: _FastLstm, LanguageModel: _TrimmedModel}
+
+
 def speed_up(model: nn.Module) -> None:
-    """Swap the forward pass of the recurrent layers and language models in `model`, in place, for these."""
+    """Turn the recurrent layers and language models in `model`, in place, into these."""
     for layer in model.modules():
-        if type(layer) is PeepholeLstm:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
-        elif type(layer) is LanguageModel:
-            layer.forward = partial(_trimmed, layer)  # type: ignore[method-assign]
+        if type(layer) in FASTER:
+            layer.__class__ = FASTER[type(layer)]
 
 
 def fast(model: nn.Module) -> nn.Module:
     """A copy of `model` with the faster forward pass, or `model` itself where nothing is to be swapped."""
-    if not any(type(m) in (PeepholeLstm, LanguageModel) for m in model.modules()):
+    if not any(type(m) in FASTER for m in model.modules()):
         return model
     copy = deepcopy(model)
     speed_up(copy)
     return copy
-
-
-def _forward(layer: PeepholeLstm, x: Tensor) -> Tensor:
-    time_major = x.transpose(0, 1).contiguous()
-    h: Tensor = _Lstm.apply(time_major, layer.input_weight, layer.hidden_weight, layer.bias, layer.peephole)
-    return h.transpose(0, 1)
-
-
-def _trimmed(model: LanguageModel, x: Tensor) -> Tensor:
-    """Read up to the longest line's end; zeros for the padding that all lines share."""
-    used = (x != model.padding).any(0).nonzero()
-    steps = int(used[-1]) + 1 if len(used) else 1
-    logits = model.out(model.layers(model.embedding(x[:, :steps])))
-    return F.pad(logits, (0, 0, 0, x.shape[1] - steps))
