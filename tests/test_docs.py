@@ -61,7 +61,7 @@ def test_links_between_documents_lead_somewhere():
 
 def test_numbers_in_the_readme_are_those_of_the_committed_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    result = json.loads((ROOT / "benchmarks/results/dlg_strength.json").read_text(encoding="utf-8"))
+    result = committed("dlg_strength.json")
     for cell in result["cells"].values():
         rate = cell["above_30_db"]
         share = f"{rate['value']:.0%} [{rate['ci95'][0]:.0%}, {rate['ci95'][1]:.0%}]"
@@ -69,3 +69,31 @@ def test_numbers_in_the_readme_are_those_of_the_committed_run():
         assert row in text
     assert f"costs {result['evaluation']['ratio']['median']:.2f} of the plain one" in text
     assert result["command"].removeprefix("python ") in text
+
+
+@pytest.mark.parametrize("model", ["2nn", "cnn", "lstm"])
+def test_times_in_the_readme_are_those_of_the_committed_run(model):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    result = committed(f"fedavg_speed_{model}.json")
+    seconds, ratios = result["seconds_per_round"]["ours"]["median"], result["ratio_to_ours"]
+    time = f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    names = ("plain", "pfl", "pfl-2", "fedjax", "flower")
+    cells = [f"{ratios[n]['median']:.1f}×" if n in ratios else "" for n in names]
+    assert f"| {time} | {' | '.join(cells)} | {result['ratio_to_floor']['ours']:.1f} |" in text
+    assert all(same in (True, None) for same in result["training_loss"]["same_work"].values())
+    if model == "lstm":
+        assert f"takes {ratios['lean']['median']:.1f}×" in text
+        assert f"another model, {ratios['lean-nn']['median']:.2f}×" in text
+
+
+def test_growth_in_the_readme_is_that_of_the_committed_run():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    result = committed("fedavg_scale.json")
+    peak = result["measured"]["cohort of 1000"]["growth_mib"]["median"]
+    assert f"peaks at {peak:.0f} MiB" in text
+    assert f"takes {result['idle']['most_to_fewest']['seconds']['median']:.2f} times" in text
+    assert result["memory"]["under_limit"]
+
+
+def committed(name):
+    return json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))

@@ -35,8 +35,11 @@ def command_line() -> str:
         program = f"python -m {spec.name.removesuffix('.__main__')}"
     else:
         script = Path(sys.argv[0])
-        near = script.is_relative_to(Path.cwd()) if script.is_absolute() else True
-        program = f"python {script.relative_to(Path.cwd()) if near and script.is_absolute() else script.name}"
+        if script.is_absolute():
+            script = (
+                script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)
+            )
+        program = f"python {script}"
     return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 
