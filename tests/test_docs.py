@@ -12,6 +12,7 @@ import pytest
 from fltoolkit import registry
 from fltoolkit.data import DATASETS
 from fltoolkit.models import MODELS
+from fltoolkit.tables import cells, figure1, show
 from fltoolkit.threat import THREATS
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,19 @@ def test_growth_in_the_readme_is_that_of_the_committed_run():
     assert f"peaks at {peak:.0f} MiB" in text
     assert f"takes {result['idle']['most_to_fewest']['seconds']['median']:.2f} times" in text
     assert result["memory"]["under_limit"]
+
+
+def test_tables_in_the_documentation_are_those_of_the_committed_cells():
+    text = (ROOT / "docs/fedavg-tables.md").read_text(encoding="utf-8")
+    folders = [f for f in (ROOT / "benchmarks/results/tables").iterdir() if f.name in cells.names()]
+    assert folders
+    for folder in folders:
+        table = cells.table(folder.name)
+        results = show.read_results(table, folder)
+        printed = show.render(table, results).split("\nPaper:")[0].rstrip()
+        assert not results or printed in text, f"docs/fedavg-tables.md does not show {folder.name} as it is"
+    drawn = figure1.render(committed("tables/figure1/figure1.json")).split("\nPaper:")[0].rstrip()
+    assert drawn in text
 
 
 def committed(name):
