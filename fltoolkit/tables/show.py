@@ -102,6 +102,8 @@ def draw(table: Table, results: Results, path: Path) -> None:
     shade = colormaps["viridis"]
     for column, axis in zip(table.columns, axes, strict=True):
         cells = [c for c in table.cells if c.column == column]
+        if not any(c.id in results for c in cells):
+            axis.text(0.5, 0.5, NOT_RUN, transform=axis.transAxes, ha="center", color=INK)
         for i, cell in enumerate(cells):
             if cell.id not in results:
                 continue
