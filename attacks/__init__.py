@@ -3,5 +3,8 @@
 
 ATTACKS = {
     "dlg": "attacks.dlg:DLG",
+    "gradinversion": "attacks.gradinversion:GradInversion",
     "idlg": "attacks.idlg:IDLG",
+    "inverting": "attacks.inverting:Inverting",
+    "learned": "attacks.learned:Learned",
 }

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fltoolkit.inversion.base import GradientInversion
+from fltoolkit.inversion.base import LBFGSInversion
 
 
 @dataclass(frozen=True)
-class DLG(GradientInversion):
+class DLG(LBFGSInversion):
     """Match the gradient by searching inputs and labels together."""
 
     name: ClassVar[str] = "dlg"

@@ -13,23 +13,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fltoolkit.inversion.base import GradientInversion
-from fltoolkit.inversion.labels import logit_gradient
+from fltoolkit.inversion.base import LBFGSInversion
+from fltoolkit.inversion.labels import infer
 from fltoolkit.types import Observation
 
 
 @dataclass(frozen=True)
-class IDLG(GradientInversion):
+class IDLG(LBFGSInversion):
     """Read the labels off the sign of the last layer's gradient, then match the gradient by the inputs."""
 
     name: ClassVar[str] = "idlg"
 
     def infer_labels(self, observation: Observation) -> Tensor:
         """The `num_examples` classes with the most negative logit gradient, in increasing order `[N]`."""
-        per_class = logit_gradient(observation)
-        count = min(observation.num_examples, len(per_class))
-        labels = per_class.argsort()[:count].sort().values
-        return labels.repeat(-(-observation.num_examples // count))[: observation.num_examples]
+        return infer("sign", observation)
 
 
 if __name__ == "__main__":

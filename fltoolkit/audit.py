@@ -37,6 +37,8 @@ class Scene:
     Names or ready objects both work for attack, data, model, threat and defenses. batch: private examples
     a client. victims: independent repetitions. clients: K a round mixes (None: what a `secagg` asks for,
     else 1). A model given as an object keeps its weights for every victim; a named one is initialised anew.
+    frozen_norm: clients train with BatchNorm in evaluation mode, as it is when a pretrained model is tuned;
+    otherwise in the mode that the model is in, for named ones the statistics of the batch.
     """
 
     attack: str | Attack = "dlg"
@@ -48,6 +50,7 @@ class Scene:
     threat: str | ThreatModel = "server"
     defenses: Sequence[str | Defense] = ()
     local: LocalSpec = field(default_factory=LocalSpec)
+    frozen_norm: bool = False
     loss: Loss = cross_entropy
     seed: int = 0
     device: str = "cpu"
@@ -103,9 +106,11 @@ class Stage:
     def model(self, victim: int) -> nn.Module:
         """The model that victim number `victim` receives."""
         if isinstance(self.scene.model, nn.Module):
-            return self.scene.model
-        rng = torch_stream(self.scene.seed, "victim", victim, "model")
-        return models.build(self.scene.model, self.data.input_shape, self.data.num_classes, rng)
+            model = self.scene.model
+        else:
+            rng = torch_stream(self.scene.seed, "victim", victim, "model")
+            model = models.build(self.scene.model, self.data.input_shape, self.data.num_classes, rng)
+        return models.with_frozen_norm(model) if self.scene.frozen_norm else model
 
     def private(self, victim: int) -> list[Examples]:
         """The cohort's data for this victim: `clients` parts of `batch` examples, none used twice until
@@ -175,6 +180,7 @@ def _report(
         "clients": stage.clients,
         "seed": scene.seed,
         "local": asdict(scene.local),
+        "frozen_norm": scene.frozen_norm,
         "metrics": summarise(scored, scene.threshold_db),
         "epsilon": {k: document.finite(v) for k, v in epsilons.items()}
         | {"delta": scene.delta, "unit": "client", "adjacency": "zero-out"},
@@ -184,6 +190,8 @@ def _report(
         "victim_seconds": [f.seconds for f in found],
         "matching_loss": [v if np.isfinite(v) else None for v in losses],
         "notes": [f.note for f in found],
+        "adaptations": [f.adaptation for f in found],
+        "diagnoses": [list(f.diagnosis) for f in found],
         "versions": document.versions(),
     }
 
@@ -194,7 +202,9 @@ class UpdateSpec:
 
     num_examples: private examples behind it. input_shape: one input. kind: "delta" (w_k − w_t),
     "gradient", or "weights" (w_k, the client's new parameters). local: E, B and η if known; without it a
-    delta is read as one step of size 1. clients: how many clients the update averages.
+    delta is read as one step of size 1. clients: how many clients the update averages. defenses: the public
+    parameters of what was done to it, such as `{"name": "clip", "norm": 1.0}`. auxiliary: public data of the
+    same kind, for attacks that learn from it.
     """
 
     num_examples: int
@@ -207,6 +217,8 @@ class UpdateSpec:
     labels: Tensor | None = None
     attack: str | Attack = "idlg"
     seed: int = 0
+    defenses: Sequence[Mapping[str, Any]] = ()
+    auxiliary: Examples | None = None
 
 
 KINDS = ("delta", "gradient", "weights")
@@ -250,6 +262,8 @@ def update(
         num_classes=spec.num_classes,
         local=local,
         labels=spec.labels,
+        defenses=tuple(spec.defenses),
+        auxiliary=spec.auxiliary,
     )
     rng = torch_stream(spec.seed, "update", "attack", attack.name)
     return attack.many([observation], [rng], progress)[0]

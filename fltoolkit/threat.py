@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fltoolkit.types import Layout, Loss, Observation, Transcript
+from fltoolkit.types import Examples, Layout, Loss, Observation, Transcript
 
 
 @dataclass(frozen=True)
 class Public:
-    """What everybody knows of a federation, adversaries included."""
+    """What everybody knows of a federation, adversaries included. auxiliary: public data of the same kind."""
 
     model: nn.Module
     loss: Loss
@@ -25,6 +25,7 @@ class Public:
     input_range: tuple[float, float]
     num_classes: int
     defenses: tuple[Mapping[str, Any], ...]
+    auxiliary: Examples | None = None
 
 
 class ThreatModel(Protocol):
@@ -103,5 +104,6 @@ def _observation(
         num_classes=public.num_classes,
         local=transcript.local,
         defenses=public.defenses,
+        auxiliary=public.auxiliary,
         round=transcript.updates.round,
     )

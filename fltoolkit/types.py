@@ -188,12 +188,16 @@ class Observation:
     round: int = 0
 
     @property
-    def gradient(self) -> Tensor:
-        """The update read as one gradient `[D]`: -update / (η · steps); η = steps = 1 where unknown."""
+    def step_size(self) -> float:
+        """η · u, what a client's gradients were multiplied by in all; 1 where local training is unknown."""
         if self.local is None:
-            return -self.update
-        per_client = max(1, self.num_examples // self.clients)
-        return -self.update / (self.local.lr * self.local.steps(per_client))
+            return 1.0
+        return self.local.lr * self.local.steps(max(1, self.num_examples // self.clients))
+
+    @property
+    def gradient(self) -> Tensor:
+        """The update read as one gradient `[D]`: -update / (η · u)."""
+        return -self.update / self.step_size
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,9 @@ class Reconstruction:
 
     loss: the matching loss it ended with, the only score an adversary has. trace `[iterations]`: that
     loss over time. restart_losses `[R]`: where each restart ended (inf: diverged or dropped early).
-    evaluations counts matching-loss gradients over all restarts; note says in words what went wrong.
+    evaluations counts matching-loss gradients over all restarts. note says in words why the search ended,
+    adaptation how the attack took the defenses into account, diagnosis what kept it from doing better as far
+    as the adversary's own data tell.
     """
 
     x: Tensor
@@ -214,3 +220,5 @@ class Reconstruction:
     evaluations: int = 0
     seconds: float = 0.0
     note: str = ""
+    adaptation: str = ""
+    diagnosis: tuple[str, ...] = ()

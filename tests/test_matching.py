@@ -59,16 +59,16 @@ def test_recovers_single_examples_and_their_labels(attack):
 
 def test_restart_with_a_broken_start_never_costs_the_result(monkeypatch):
     """Every restart but one begins at NaN; the result is that one's."""
-    from fltoolkit.inversion import search
+    from fltoolkit.inversion import base
 
-    honest = search._start
+    honest = base.noise
 
     def sabotaged(*args):
         z = honest(*args)
         z[1:] = torch.nan
         return z
 
-    monkeypatch.setattr(search, "_start", sabotaged)
+    monkeypatch.setattr(base, "noise", sabotaged)
     model, data = tiny_model(), tiny_examples(1)
     found = IDLG()(observe(model, data), torch.Generator().manual_seed(0))
     assert (found.x - data.x).square().mean() < 1e-4

@@ -36,6 +36,7 @@ class AuditOptions:
         None, "local batch size B, or inf for all of a client's data (default: inf)", "B", count_or_infinity
     )
     lr: float = flag(1.0, "local learning rate η", "LR")
+    frozen_norm: bool = flag(False, "clients train with BatchNorm in evaluation mode")
     threshold_db: float = flag(30.0, "PSNR in dB above which an image counts as recovered", "DB")
     delta: float = flag(1e-5, "δ at which ε is reported", "DELTA")
     seed: int = flag(0, "seed of all random streams, >= 0", "N")
@@ -66,6 +67,7 @@ def run_audit(attack: str, o: AuditOptions) -> int:
         threat=o.threat,
         defenses=o.defense,
         local=LocalSpec(o.local_epochs, o.local_batch, o.lr),
+        frozen_norm=o.frozen_norm,
         seed=o.seed,
         device=o.device,
         delta=o.delta,

@@ -1,44 +1,65 @@
-"""The base of attacks that search for a batch whose gradient matches the observed one."""
+"""The bases of attacks that search for a batch whose update matches the observed one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.errors import InputError, require
-from fltoolkit.inversion.search import search
+from fltoolkit.inversion.adam import Adam, Schedule
+from fltoolkit.inversion.diagnosis import diagnose
+from fltoolkit.inversion.lbfgs import LBFGS
+from fltoolkit.inversion.lbfgs import Objective as Energy
+from fltoolkit.inversion.matching import GradientMatching, Objective
+from fltoolkit.inversion.search import Bounds, Optimiser, search
 from fltoolkit.types import Observation, Reconstruction
 
 
 @dataclass(frozen=True)
 class GradientInversion(Attack):
-    """Options that every such attack has; a subclass says how it comes by the labels.
+    """Options that every such attack has; a subclass says how it comes by the labels, what it minimises and
+    by what optimiser.
 
-    steps: most L-BFGS iterations of a restart. restarts: random starts a victim, ranked by matching loss.
-    history: L-BFGS pairs. tolerance: stop at a matching loss of tolerance · ‖g‖². start_std: standard
-    deviation of the normal start around the middle of the input range, in units of that range.
+    steps: most iterations of a restart. restarts: random starts a victim, ranked by the objective. tolerance:
+    stop at tolerance times the distance of an update of zero.
     """
 
     steps: int = 3000
     restarts: int = 4
-    history: int = 100
     tolerance: float = 1e-8
-    start_std: float = 0.3
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", ">= 1", self.steps)
         require(self.restarts >= 1, "restarts", ">= 1", self.restarts)
-        require(self.history >= 1, "history", ">= 1", self.history)
         require(self.tolerance >= 0, "tolerance", ">= 0", self.tolerance)
-        require(self.start_std > 0, "start_std", "> 0", self.start_std)
 
     def infer_labels(self, observation: Observation) -> Tensor | None:
         """Labels `[N]` to hold fixed during the search, or None to search them too."""
         return None
+
+    def objective(self, observation: Observation) -> tuple[Objective, str]:
+        """What to minimise, and in words how it was adapted to the defenses (empty: not at all)."""
+        return Objective(), ""
+
+    def problem(
+        self, observations: Sequence[Observation], owner: Tensor, labels: Tensor | None
+    ) -> GradientMatching:
+        return GradientMatching(observations, owner, labels, self.objective(observations[0])[0])
+
+    def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
+        """A victim's random guesses `[restarts, n]`."""
+        raise NotImplementedError
+
+    def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser:
+        raise NotImplementedError
+
+    def floats_per_row(self, variables: int) -> int:
+        """Numbers that the optimiser keeps for a guess."""
+        raise NotImplementedError
 
     def many(
         self,
@@ -51,7 +72,89 @@ class GradientInversion(Attack):
         inferred = [o.labels if o.labels is not None else self.infer_labels(o) for o in observations]
         fixed = [y for y in inferred if y is not None]
         labels = torch.stack(fixed) if len(fixed) == len(inferred) else None
-        return search(observations, rngs, labels, self, progress)
+        found = search(observations, rngs, labels, self, progress)
+        return [self._explained(f, o) for f, o in zip(found, observations, strict=True)]
+
+    def _explained(self, found: Reconstruction, o: Observation) -> Reconstruction:
+        objective, adaptation = self.objective(o)
+        scale = float(objective.distance(torch.zeros_like(o.update)[None], o.gradient[None]))
+        return replace(found, adaptation=adaptation, diagnosis=diagnose(o, found.loss, scale))
+
+
+@dataclass(frozen=True)
+class LBFGSInversion(GradientInversion):
+    """Descent by L-BFGS from normal noise.
+
+    history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
+    units of that range.
+    """
+
+    history: int = 100
+    start_std: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.history >= 1, "history", ">= 1", self.history)
+        require(self.start_std > 0, "start_std", "> 0", self.start_std)
+
+    def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
+        return noise(problem, rng, bounds, self.restarts, self.start_std)
+
+    def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser:
+        return LBFGS(problem, z, self.history)
+
+    def floats_per_row(self, variables: int) -> int:
+        return 2 * self.history * variables
+
+
+@dataclass(frozen=True)
+class AdamInversion(GradientInversion):
+    """Descent by Adam inside the box of valid inputs.
+
+    lr: the first step size, in units of a quarter of the input range, about the standard deviation of an
+    image's pixels. decay: "step", "cosine" or "none". signed: use the gradient's signs only. warmup:
+    iterations until the full rate. start_std as in `LBFGSInversion`.
+    """
+
+    lr: float = 0.1
+    decay: str = "step"
+    signed: bool = True
+    warmup: int = 0
+    start_std: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.start_std > 0, "start_std", "> 0", self.start_std)
+        Schedule(self.lr, self.steps, self.decay, self.warmup)
+
+    def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
+        return noise(problem, rng, bounds, self.restarts, self.start_std)
+
+    def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser:
+        low, high = bounds
+        free = torch.full_like(z[0], torch.inf)
+        free[: problem.inputs] = 0.0
+        unit = torch.where(free == 0, (high - low) / 4, 1.0)
+        schedule = Schedule(self.lr, self.steps, self.decay, self.warmup)
+        return Adam(self.energy(problem), z, schedule, self.signed, (low - free, high + free), unit)
+
+    def energy(self, problem: GradientMatching) -> Energy:
+        """What Adam minimises: the problem, or that with terms between a victim's guesses."""
+        return problem
+
+    def floats_per_row(self, variables: int) -> int:
+        return 4 * variables
+
+
+def noise(
+    problem: GradientMatching, rng: torch.Generator, bounds: Bounds, restarts: int, std: float
+) -> Tensor:
+    """Guesses `[restarts, n]`: inputs normal around the middle of the range with `std` of its width, label
+    logits N(0, 1)."""
+    low, high = bounds
+    z = torch.randn(restarts, problem.variables, generator=rng)
+    z[:, : problem.inputs] = 0.5 * (low + high) + std * (high - low) * z[:, : problem.inputs]
+    return z
 
 
 def check_observation(observation: Observation) -> None:

@@ -57,6 +57,19 @@ class LBFGS:
         self._gamma = self._yy.new_ones(count)
         self._fresh = torch.ones(count, dtype=torch.bool, device=like.device)
 
+    @property
+    def settled(self) -> Tensor:
+        """Rows `[S]` for which a plateau is the end: all, as there is no schedule."""
+        return torch.ones_like(self.stalled)
+
+    @property
+    def finished(self) -> Tensor:
+        """Rows `[S]` whose schedule has run out: none."""
+        return torch.zeros_like(self.stalled)
+
+    def hasten(self, mask: Tensor) -> None:
+        """Nothing: there is no schedule."""
+
     def step(self) -> None:
         """One iteration of every row."""
         direction = self._direction()

@@ -1,48 +1,101 @@
-"""Gradient matching: how far the gradient of a guessed batch is from the observed one.
+"""Gradient matching: how far the update of a guessed batch is from the observed one.
 
-Zhu, Liu, Han 2019, arXiv:1906.08935, eq. 3: D(x', y') = ‖∇_θ L(x', y') − g‖², the sum over all
-parameters, for every row of a stack of guesses at once.
+Zhu, Liu, Han 2019, arXiv:1906.08935, eq. 3, in general form: d(g(x', y'), t) + prior(x') for every row of a
+stack of guesses at once, g what the client would send for a guess and t what was observed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch import Tensor, nn
+from torch.func import vmap
 
 from fltoolkit.errors import InputError
+from fltoolkit.inversion.client import State, Update, eager_step, local_steps, one_step
+from fltoolkit.inversion.distance import Distance, squared
+from fltoolkit.inversion.prior import Prior
 from fltoolkit.types import Observation
 
 CHUNK_FLOATS = 2**25
 """Rows evaluated together hold at most this many gradient entries (128 MiB each for a few tensors)."""
 
+LARGE = 1_000_000
+"""Parameters from which a convolutional network is evaluated guess by guess on a CPU."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    distance: between updates. priors: (weight, prior) pairs added to it. simulate: run a client's local steps
+    through instead of reading the update as one gradient. one_by_one: evaluate guesses one after the other
+    by plain autograd, which is faster where convolutions are large.
+    """
+
+    distance: Distance = squared
+    priors: tuple[tuple[float, Prior], ...] = ()
+    simulate: bool = False
+    one_by_one: bool = False
+    precision: torch.dtype = torch.float32
+
+
+def one_by_one_is_faster(observation: Observation) -> bool:
+    """Large convolutions fill a processor alone; stacking guesses only costs memory traffic there."""
+    convolutional = any(isinstance(m, nn.Conv2d) for m in observation.model.modules())
+    return convolutional and observation.layout.size > LARGE and observation.params.device.type == "cpu"
+
 
 class GradientMatching:
-    """The matching loss of V observed problems, as a function of stacked guesses.
+    """The objective of V observed problems, as a function of stacked guesses.
 
     Row s of a guess belongs to problem `owner[s]` and holds the flat inputs, then, where labels are
-    optimised too (`labels` is None), the label logits `[N, classes]`. labels `[V, N]` fixes them.
+    optimised too (`labels` is None), the label logits `[N, classes]`. labels `[S, N]` fixes them row by row.
     All observations must share architecture, batch size and input shape.
     """
 
-    def __init__(self, observations: Sequence[Observation], owner: Tensor, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        observations: Sequence[Observation],
+        owner: Tensor,
+        labels: Tensor | None,
+        objective: Objective | None = None,
+    ) -> None:
         first = observations[0]
-        self.model, self.loss, self.layout = first.model, first.loss, first.layout
-        self.batch, self.shape, self.classes = first.num_examples, first.input_shape, first.num_classes
+        self.objective = objective or Objective()
+        self.layout, self.batch = first.layout, first.num_examples
+        self.shape, self.classes = first.input_shape, first.num_classes
         for o in observations[1:]:
             same = (o.layout, o.num_examples, o.input_shape) == (self.layout, self.batch, self.shape)
             if not same:
                 raise InputError("observations attacked together must share model, batch and input shape")
         self.owner, self.labels = owner, labels
+        self._update = self._client(first)
         self._params = torch.stack([o.params for o in observations])
         self._target = torch.stack([o.gradient for o in observations])
         buffers = [dict(o.model.named_buffers()) for o in observations]
         self._buffers = {n: torch.stack([b[n] for b in buffers]) for n in buffers[0]}
         self.inputs = self.batch * torch.Size(self.shape).numel()
-        self._buffer = torch.empty(0)
+        self._scratch = torch.empty(0)
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def _client(self, o: Observation) -> Update:
+        """`update(params, buffers, x, y)` of one guess, or of a stack of them unless one by one."""
+        self.steps = 1
+        one_by_one = self.objective.one_by_one
+        update = (eager_step if one_by_one else one_step)(o.model, o.loss)
+        if self.objective.simulate and o.local is not None:
+            self.steps = o.local.steps(max(1, o.num_examples // o.clients))
+            if self.steps > 1 or o.local.weight_decay:
+                update = local_steps(update, o.local, o.clients)
+        return update if one_by_one else cast(Update, vmap(update))
+
+    def add_prior(self, weight: float, prior: Prior) -> None:
+        """One more term, which may depend on the problems."""
+        self.objective = replace(self.objective, priors=(*self.objective.priors, (weight, prior)))
 
     @property
     def variables(self) -> int:
@@ -51,19 +104,21 @@ class GradientMatching:
 
     @property
     def scale(self) -> Tensor:
-        """‖g‖² of each problem `[V]`, the matching loss of a guess with zero gradient."""
-        return self._target.square().sum(1)
+        """The distance of a guess whose update is zero, of each problem `[V]`: what a search starts from."""
+        return self.objective.distance(torch.zeros_like(self._target), self._target)
 
-    def decode(self, z: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Guesses `[S, n]` -> x `[S, N, *shape]` and labels, `[S, N]` or distributions `[S, N, classes]`."""
         x = z[:, : self.inputs].reshape(len(z), self.batch, *self.shape)
         if self.labels is not None:
-            return x, self.labels[owner]
+            return x, self.labels[rows]
         return x, z[:, self.inputs :].reshape(len(z), self.batch, self.classes).softmax(-1)
 
     def __call__(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Matching loss `[S]` and its gradient `[S, n]` at `z [S, n]`, row s of problem owner[rows[s]]."""
-        chunk = max(1, CHUNK_FLOATS // self.layout.size)
+        """The objective `[S]` and its gradient `[S, n]` at `z [S, n]`, row s of problem owner[rows[s]]."""
+        chunk = max(1, CHUNK_FLOATS // (self.layout.size * self.steps))
+        if self.objective.one_by_one:
+            chunk = 1
         if len(z) <= chunk:
             return self._evaluate(z, *self._select(rows))
         parts = [
@@ -84,28 +139,38 @@ class GradientMatching:
 
     def _evaluate(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
+        x, y = self.decode(z, rows)
         owner = self.owner[rows]
-        x, y = self.decode(z, owner)
+        with torch.autocast(z.device.type, self.objective.precision, self._mixed):
+            found = self._updates(params, owner, x, y)
+        # ∂d/∂z = (∂g/∂z)ᵀ ∂d/∂g: the distance gives its own derivative, no graph through it.
+        g = self._flat(found, target)
+        loss = self.objective.distance(g, target)
+        outputs, cotangents = list(found.values()), list(self.layout.unflatten(g).values())
+        for weight, prior in self.objective.priors:
+            penalty = weight * prior(x, params, owner)
+            loss = loss + penalty.detach()
+            outputs.append(penalty)
+            cotangents.append(torch.ones_like(penalty))
+        (gradient,) = torch.autograd.grad(outputs, z, cotangents)
+        return loss, gradient
+
+    @property
+    def _mixed(self) -> bool:
+        return self.objective.precision != torch.float32
+
+    def _updates(self, params: Tensor, owner: Tensor, x: Tensor, y: Tensor) -> State:
         buffers = {n: b[owner] for n, b in self._buffers.items()}
-        gradients = vmap(grad(self._batch_loss))(self.layout.unflatten(params), buffers, x, y)
-        residual = self._residual(gradients, target)
-        loss = torch.bmm(residual[:, None], residual[:, :, None]).flatten()
-        # ∇_z ‖g(z) − t‖² = 2 (∂g/∂z)ᵀ (g(z) − t): the residual is the cotangent, no graph through the norm.
-        cotangents = self.layout.unflatten(residual)
-        (half,) = torch.autograd.grad(list(gradients.values()), z, [cotangents[n] for n in gradients])
-        return loss, 2 * half
+        if not self.objective.one_by_one:
+            return dict(self._update(self.layout.unflatten(params), buffers, x, y))
+        single = {n: p.requires_grad_() for n, p in self.layout.unflatten(params[0]).items()}
+        found = self._update(single, {n: b[0] for n, b in buffers.items()}, x[0], y[0])
+        return {n: f[None] for n, f in found.items()}
 
-    def _residual(self, gradients: Mapping[str, Tensor], target: Tensor) -> Tensor:
-        """g − t `[S, D]`, in a buffer that evaluations share: fresh memory would cost more than the sum."""
-        if self._buffer.shape != target.shape:
-            self._buffer = torch.empty_like(target)
-        wanted = self.layout.unflatten(target)
-        for name, out in self.layout.unflatten(self._buffer).items():
-            torch.sub(gradients[name].detach(), wanted[name], out=out)
-        return self._buffer
-
-    def _batch_loss(
-        self, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
-    ) -> Tensor:
-        logits = functional_call(self.model, (params, buffers), (x,))
-        return self.loss(logits, y).mean()
+    def _flat(self, found: State, target: Tensor) -> Tensor:
+        """Updates as rows `[S, D]`, in memory that evaluations share: fresh memory costs more than a copy."""
+        if self._scratch.shape != target.shape:
+            self._scratch = torch.empty_like(target)
+        for name, out in self.layout.unflatten(self._scratch).items():
+            out.copy_(found[name].detach())
+        return self._scratch

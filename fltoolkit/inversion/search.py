@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fltoolkit.attack import Progress
-from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.matching import GradientMatching
 from fltoolkit.types import Observation, Reconstruction
 
@@ -28,19 +27,43 @@ GROUP_FLOATS = 4e8
 """Victims share a stack as long as their L-BFGS histories hold at most this many numbers."""
 
 
+Bounds = tuple[float, float]
+"""The range of valid inputs."""
+
+
+class Optimiser(Protocol):
+    """What drives a stack: `LBFGS` or `Adam`."""
+
+    rows: Tensor
+    z: Tensor
+    loss: Tensor
+    stalled: Tensor
+    evaluations: int
+
+    @property
+    def settled(self) -> Tensor: ...
+    @property
+    def finished(self) -> Tensor: ...
+    def hasten(self, mask: Tensor) -> None: ...
+    def step(self) -> None: ...
+    def keep(self, index: Tensor) -> None: ...
+
+
 class SearchSpec(Protocol):
-    """The options of a search; `GradientInversion` documents them."""
+    """The choices of an attack; `GradientInversion` documents them."""
 
     @property
     def steps(self) -> int: ...
     @property
     def restarts(self) -> int: ...
     @property
-    def history(self) -> int: ...
-    @property
     def tolerance(self) -> float: ...
-    @property
-    def start_std(self) -> float: ...
+    def problem(
+        self, observations: Sequence[Observation], owner: Tensor, labels: Tensor | None
+    ) -> GradientMatching: ...
+    def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor: ...
+    def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser: ...
+    def floats_per_row(self, variables: int) -> int: ...
 
 
 def search(
@@ -50,15 +73,29 @@ def search(
     spec: SearchSpec,
     progress: Progress,
 ) -> list[Reconstruction]:
-    """Reconstruct every victim's batch; labels `[V, N]` where known, else None and they are searched too."""
-    probe = GradientMatching(observations[:1], torch.zeros(1, dtype=torch.long), labels)
-    size = max(1, int(GROUP_FLOATS / (2 * spec.history * probe.variables * spec.restarts)))
+    """Reconstruct every victim's batch.
+
+    labels: what is held fixed, `[V, N]` or, where restarts try several, `[V, restarts, N]`; None where labels
+    are searched too.
+    """
+    probe = spec.problem(observations[:1], torch.zeros(1, dtype=torch.long), _rows(labels, 1, 1))
+    per_victim = spec.floats_per_row(probe.variables) * spec.restarts + 2 * probe.layout.size
+    size = max(1, int(GROUP_FLOATS / per_victim))
     found: list[Reconstruction] = []
     for i in range(0, len(observations), size):
         part = slice(i, i + size)
         group = _Group(observations[part], rngs[part], None if labels is None else labels[part], spec)
         found += group.run(progress)
     return found
+
+
+def _rows(labels: Tensor | None, victims: int, restarts: int) -> Tensor | None:
+    """Labels row by row `[victims · restarts, N]`."""
+    if labels is None:
+        return None
+    if labels.dim() == 2:
+        labels = labels[:, None].expand(-1, restarts, -1)
+    return labels[:victims, :restarts].flatten(0, 1)
 
 
 class _Group:
@@ -74,16 +111,18 @@ class _Group:
         self.spec, self.victims = spec, len(observations)
         self.device = observations[0].params.device
         owner = torch.arange(self.victims, device=self.device).repeat_interleave(spec.restarts)
-        self.problem = GradientMatching(observations, owner, labels)
-        low, high = observations[0].input_range
-        starts = [_start(self.problem, spec, rng, low, high) for rng in rngs]
+        self.problem = spec.problem(observations, owner, _rows(labels, self.victims, spec.restarts))
+        bounds = observations[0].input_range
+        starts = [spec.start(self.problem, rng, bounds) for rng in rngs]
         self.begun = time.perf_counter()
-        self.optimiser = LBFGS(self.problem, torch.cat(starts).to(self.device), spec.history)
+        self.optimiser = spec.optimiser(self.problem, torch.cat(starts).to(self.device), bounds)
         self.best = self.optimiser.z.clone()
         self.loss = self.optimiser.loss.clone()
         self.trace: list[Tensor] = [self.loss.clone()]
         self.evaluations = torch.ones_like(owner)
         self.iterations = torch.zeros_like(owner)
+        self.changed = torch.zeros_like(owner)
+        self.scale = self.problem.scale
         self.seconds = torch.zeros(self.victims, dtype=torch.float64, device=self.device)
         self.notes = ["stopped at the last allowed iteration"] * self.victims
 
@@ -106,7 +145,9 @@ class _Group:
     def _advance(self) -> None:
         rows, before, clock = self.optimiser.rows, self.optimiser.evaluations, time.perf_counter()
         self.optimiser.step()
-        self.loss[rows], self.best[rows] = self.optimiser.loss, self.optimiser.z
+        better = self.optimiser.loss < self.loss[rows]
+        self.loss[rows[better]] = self.optimiser.loss[better]
+        self.best[rows[better]] = self.optimiser.z[better]
         self.trace.append(self.loss.clone())
         self.iterations[rows] += 1
         self.evaluations[rows] += (self.optimiser.evaluations - before) // len(rows)
@@ -126,16 +167,18 @@ class _Group:
         self.optimiser.keep((ranks < (count[owner] + 1) // 2).nonzero()[:, 0])
 
     def _retire(self, step: int) -> None:
-        """Take rows out that are matched, stalled or on a plateau, and rivals of a matched row."""
-        rows, loss = self.optimiser.rows, self.optimiser.loss
+        """Take rows out that are matched, stalled or on a plateau, and rivals of a matched row; rows on a
+        plateau of their schedule move on in it."""
+        rows = self.optimiser.rows
         owner = self.problem.owner[rows]
-        limit = self.spec.tolerance * self.problem.scale[owner]
-        matched = loss <= limit
+        matched = self.loss[rows] <= self.spec.tolerance * self.scale[owner]
         solved = torch.zeros(self.victims, dtype=torch.bool, device=self.device)
         solved[owner[matched]] = True
-        plateau = torch.zeros_like(matched)
-        if step > PLATEAU_WINDOW:
-            plateau = loss > (1 - PLATEAU_DECREASE) * self.trace[-1 - PLATEAU_WINDOW][rows]
+        flat = self._flat(rows, step)
+        early = flat & ~self.optimiser.settled
+        self.optimiser.hasten(early)
+        self.changed[rows[early]] = step
+        plateau = (flat & self.optimiser.settled & ~early) | self.optimiser.finished
         stalled = self.optimiser.stalled
         for reason, mask in (("plateau", plateau), ("no descent left", stalled), ("matched", matched)):
             for v in owner[mask].tolist():
@@ -144,11 +187,18 @@ class _Group:
         if gone.any():
             self.optimiser.keep((~gone).nonzero()[:, 0])
 
+    def _flat(self, rows: Tensor, step: int) -> Tensor:
+        """Which rows have gained next to nothing for a while, and since their schedule last moved on."""
+        if step <= PLATEAU_WINDOW:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        gained = self.loss[rows] <= (1 - PLATEAU_DECREASE) * self.trace[-1 - PLATEAU_WINDOW][rows]
+        return ~gained & (step - self.changed[rows] >= PLATEAU_WINDOW)
+
     def _results(self) -> list[Reconstruction]:
         losses = self.loss.view(self.victims, -1)
         winner = losses.argmin(1)
         rows = torch.arange(self.victims, device=self.device) * self.spec.restarts + winner
-        x, y = self.problem.decode(self.best[rows], self.problem.owner[rows])
+        x, y = self.problem.decode(self.best[rows], rows)
         trace = torch.stack(self.trace)[:, rows].cpu()
         return [
             Reconstruction(
@@ -164,16 +214,6 @@ class _Group:
             )
             for v in range(self.victims)
         ]
-
-
-def _start(
-    problem: GradientMatching, spec: SearchSpec, rng: torch.Generator, low: float, high: float
-) -> Tensor:
-    """R random guesses of a victim `[R, n]`: normal around the middle of the range, label logits N(0, 1)."""
-    z = torch.randn(spec.restarts, problem.variables, generator=rng)
-    inputs = problem.inputs
-    z[:, :inputs] = 0.5 * (low + high) + spec.start_std * (high - low) * z[:, :inputs]
-    return z
 
 
 def _rungs(restarts: int) -> set[int]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 import torch
 from torch import nn
 
 from fltoolkit.errors import InputError, unknown
-from fltoolkit.models.images import cifarcnn, cnn, lenet, mlp, softmax, two_nn
+from fltoolkit.models.images import cifarcnn, cnn, convnet, lenet, mlp, resnet18, softmax, two_nn
 from fltoolkit.models.text import PeepholeLstm, charlstm, wordlstm
 from fltoolkit.types import Layout
 
@@ -35,6 +37,9 @@ MODELS: dict[str, Model] = {
     "2nn": Model(two_nn, "2NN of FedAvg (McMahan et al. 2017), 199,210 parameters on MNIST"),
     "cnn": Model(cnn, "CNN of FedAvg (McMahan et al. 2017), 1,663,370 parameters on MNIST"),
     "cifarcnn": Model(cifarcnn, "CIFAR-10 net of FedAvg, from TensorFlow's tutorial, 1,068,298 parameters"),
+    "convnet": Model(convnet, "ConvNet of Inverting Gradients (Geiping et al. 2020), 2,904,970 parameters"),
+    "convnet16": Model(partial(convnet, width=16), "the same a quarter as wide, 187,114 parameters"),
+    "resnet18": Model(resnet18, "ResNet-18 for 32x32 images (He et al. 2016), 11,173,962 parameters"),
     "charlstm": Model(
         charlstm, "next character, FedAvg's peephole LSTM, 866,578 parameters on shakespeare", reads="tokens"
     ),
@@ -97,6 +102,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def with_frozen_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose BatchNorm layers are in evaluation mode: they use their running statistics."""
+    model = deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    return model
+
+
 def _users(name: str, shape: Shape, classes: int, rng: torch.Generator) -> nn.Module:
     module, _, function = name.partition(":")
     try:
@@ -113,13 +127,15 @@ def _users(name: str, shape: Shape, classes: int, rng: torch.Generator) -> nn.Mo
 
 @torch.no_grad()
 def _initialise(model: nn.Module, half_range: float | None, rng: torch.Generator) -> None:
-    """PyTorch's defaults: Linear and Conv2d uniform within ± 1 / sqrt(fan in), bias included; Embedding
-    standard normal."""
+    """PyTorch's defaults: Linear and Conv2d uniform within ± 1 / sqrt(fan in), bias included; BatchNorm the
+    identity; Embedding standard normal."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = half_range or 1 / sqrt(layer.weight[0].numel())
             for p in layer.parameters():
                 p.uniform_(-bound, bound, generator=rng)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
         elif isinstance(layer, nn.Embedding):
             layer.weight.normal_(generator=rng)
         elif isinstance(layer, PeepholeLstm):

@@ -54,7 +54,8 @@ class Task:
         return choose(self.model, self.loss, input_shape, self.engine)
 
     def public(self, data: Dataset) -> Public:
-        """What everybody knows of a federation that trains this task on `data`."""
+        """What everybody knows of a federation that trains this task on `data`, the test split of which is
+        public."""
         return Public(
             model=self.model,
             loss=self.loss,
@@ -63,6 +64,7 @@ class Task:
             input_range=data.input_range,
             num_classes=data.num_classes,
             defenses=self.stack.public(),
+            auxiliary=data.test,
         )
 
 

@@ -1,0 +1,111 @@
+"""How an attack takes public defenses into account (Kerckhoffs: defenses are no secret, noise draws are).
+
+Each known defense changes the distance between updates: a clip hides the scale, sparsification hides
+coordinates, sign compression hides magnitudes, and Gaussian noise of known size says how much a distance
+counts against what the adversary believes of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import inf, isfinite, prod, sqrt
+from typing import Any
+
+from fltoolkit.inversion.distance import Distance, Masked, Signs, Times, scaled
+from fltoolkit.types import Observation
+
+TYPICAL_VARIATION = 0.05
+"""Mean absolute difference of neighbouring pixels in natural images at 32x32, in units of the range: the
+scale of a Laplace prior on such differences."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """distance: what to match with. prior: factor on the prior's weight, in which 1 leaves it alone. words:
+    what was done, one entry a defense."""
+
+    distance: Distance
+    prior: float = 1.0
+    words: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        return "; ".join(self.words)
+
+
+Rule = Callable[[Adaptation, Mapping[str, Any], Observation], Adaptation]
+
+
+def adapt(observation: Observation, distance: Distance, prior_weight: float) -> Adaptation:
+    """Fit `distance` to every defense that is known here, in their order.
+
+    prior_weight: that of total variation beside `distance`; under noise both are replaced by a negative
+    log-likelihood and a Laplace prior on pixel differences, whose ratio is not free.
+    """
+    found = Adaptation(distance)
+    for defense in observation.defenses:
+        rule = RULES.get(str(defense["name"]))
+        if rule is not None:
+            found = rule(found, defense, observation)
+    if observation.clients > 1:
+        words = f"all {observation.num_examples} inputs of {observation.clients} clients searched together"
+        found = replace(found, words=(*found.words, words))
+    if found.prior != 1.0:
+        found = replace(found, prior=found.prior / max(prior_weight, 1e-30))
+    return found
+
+
+def noise_std(observation: Observation) -> float:
+    """Standard deviation of the Gaussian noise on a coordinate of `observation.gradient`; 0 without any."""
+    o, clip, variance = observation, inf, 0.0
+    for defense in o.defenses:
+        if defense["name"] == "clip":
+            clip = min(clip, float(defense["norm"]))
+        elif defense["name"] == "gaussian" and isfinite(clip):
+            std = float(defense["noise_multiplier"]) * clip
+            shared = sqrt(o.clients) if defense["placement"] == "client" else o.clients
+            variance += (std / shared) ** 2
+    return sqrt(variance) / o.step_size
+
+
+def _clip(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    return replace(a, words=(*a.words, "distance blind to scale, for the clip"))
+
+
+def _gaussian(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    """The negative log-likelihood ‖s g − t‖² / (2 std²) with s free, beside a Laplace prior."""
+    std = noise_std(o)
+    if std == 0:
+        return a
+    masked = isinstance(a.distance, Masked) or isinstance(getattr(a.distance, "inner", None), Masked)
+    inner = Masked(scaled) if masked else scaled
+    low, high = o.input_range
+    pixels = o.num_examples * prod(o.input_shape)
+    return replace(
+        a,
+        distance=Times(inner, 1 / (2 * std * std)),
+        prior=pixels / (TYPICAL_VARIATION * (high - low)),
+        words=(*a.words, f"likelihood of Gaussian noise, std {std:.3g} a coordinate"),
+    )
+
+
+def _masked(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    sent = int((o.update != 0).sum())
+    words = f"distance over the {sent} of {o.layout.size} coordinates that {defense['name']} sent"
+    return replace(a, distance=Masked(a.distance), words=(*a.words, words))
+
+
+def _signs(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    return replace(a, distance=Signs(), words=(*a.words, "agreement of signs, magnitudes unknown"))
+
+
+RULES: dict[str, Rule] = {
+    "clip": _clip,
+    "gaussian": _gaussian,
+    "topk": _masked,
+    "randk": _masked,
+    "prune": _masked,
+    "soteria": _masked,
+    "sign": _signs,
+}

@@ -1,0 +1,106 @@
+"""How attacks read the public defenses, and what they say when they fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import observe, tiny_examples, tiny_model
+from torch import nn
+
+from fltoolkit.inversion.adaptation import adapt, noise_std
+from fltoolkit.inversion.diagnosis import diagnose
+from fltoolkit.inversion.distance import Masked, Signs, Times, cosine, scaled
+from fltoolkit.types import LocalSpec
+
+CLIP = {"name": "clip", "norm": 0.5}
+NOISE = {"name": "gaussian", "noise_multiplier": 2.0, "placement": "client"}
+SERVER = NOISE | {"placement": "server"}
+TOPK = {"name": "topk"}
+
+
+def seen(*defenses, model=None, **changes):
+    return observe(model or tiny_model(), tiny_examples(4), defenses=defenses, **changes)
+
+
+def test_without_defenses_nothing_changes():
+    fitted = adapt(seen(), cosine, 0.1)
+    assert (fitted.distance, fitted.prior, fitted.about) == (cosine, 1.0, "")
+
+
+def test_unknown_defenses_change_nothing():
+    assert adapt(seen({"name": "theirs"}), cosine, 0.1).distance is cosine
+
+
+@pytest.mark.parametrize(
+    ("defenses", "changes", "std"),
+    [
+        ((CLIP, NOISE), {}, 1.0),
+        ((CLIP, NOISE), {"clients": 4}, 0.5),
+        ((CLIP, SERVER), {"clients": 4}, 0.25),
+        ((CLIP, NOISE), {"local": LocalSpec(2, 2, 0.1)}, 1.0 / (0.1 * 4)),
+        ((CLIP, CLIP | {"norm": 3.0}, NOISE), {}, 1.0),
+        ((CLIP, NOISE, NOISE), {}, 2**0.5),
+        ((CLIP,), {}, 0.0),
+    ],
+)
+def test_noise_is_known_to_its_last_factor(defenses, changes, std):
+    assert noise_std(seen(*defenses, **changes)) == pytest.approx(std)
+
+
+def test_noise_std_is_what_the_pipeline_adds():
+    """Measured: the spread of a noised update around the clipped one, in units of the gradient."""
+    from conftest import protect
+
+    from defenses.clip import Clip
+    from defenses.gaussian import Gaussian
+    from fltoolkit.defense import DefenseStack, RoundContext
+
+    rows, ctx = torch.randn(4, 20000), RoundContext(0, 1, (0, 1, 2, 3), torch.full((4,), 0.25))
+    clipped = protect(DefenseStack([Clip(0.5)]), rows, ctx)
+    for placement, stage in (("client", "total"), ("server", "aggregate")):
+        stack = DefenseStack([Clip(0.5), Gaussian(2.0, placement)])
+        spread = (getattr(protect(stack, rows, ctx), stage) - getattr(clipped, stage)).std().item()
+        assert noise_std(seen(*stack.public(), clients=4)) == pytest.approx(spread, rel=0.02)
+
+
+def test_each_defense_has_its_distance():
+    assert adapt(seen(CLIP), cosine, 0.1).distance is cosine
+    noisy = adapt(seen(CLIP, NOISE), cosine, 0.1)
+    assert noisy.distance == Times(scaled, 0.5)
+    assert 0.1 * noisy.prior == pytest.approx(4 * 25 / 0.05)
+    assert adapt(seen(TOPK), cosine, 0.1).distance == Masked(cosine)
+    assert adapt(seen(CLIP, TOPK, NOISE), cosine, 0.1).distance == Times(Masked(scaled), 0.5)
+    assert isinstance(adapt(seen({"name": "sign"}), cosine, 0.1).distance, Signs)
+    assert "4 inputs of 2 clients" in adapt(seen(clients=2), cosine, 0.1).about
+
+
+def said(observation, loss=0.0):
+    return " | ".join(diagnose(observation, loss, 1.0))
+
+
+def test_a_matched_update_of_a_healthy_model_needs_no_word():
+    assert said(seen()) == ""
+
+
+@pytest.mark.parametrize(
+    ("observation", "loss", "words"),
+    [
+        (seen(), float("inf"), "diverged"),
+        (seen(), 0.12, "12.0% of a zero update's distance is left"),
+        (seen(CLIP, NOISE), 0.0, "noise of norm"),
+        (seen(local=None), 0.0, "local training is unknown"),
+        (observe(tiny_model(), tiny_examples(13)), 0.0, "batch of 13 is larger than the rank 12"),
+    ],
+)
+def test_reasons(observation, loss, words):
+    assert words in said(observation, loss)
+
+
+def test_dead_units_and_batch_norm():
+    model = tiny_model()
+    with torch.no_grad():
+        model[1].bias[:6] = -1000.0
+    assert "50% of the first layer's units are dead" in said(seen(model=model))
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    assert "BatchNorm uses the statistics of the batch" in said(seen(model=normed))
+    assert said(seen(model=normed.eval())) == ""
