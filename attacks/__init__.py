@@ -2,9 +2,12 @@
 `fltoolkit.attacks`."""
 
 ATTACKS = {
+    "dlfa": "attacks.dlfa:DLFA",
     "dlg": "attacks.dlg:DLG",
+    "generative": "attacks.generative:Generative",
     "gradinversion": "attacks.gradinversion:GradInversion",
     "idlg": "attacks.idlg:IDLG",
     "inverting": "attacks.inverting:Inverting",
     "learned": "attacks.learned:Learned",
+    "sme": "attacks.sme:SME",
 }

@@ -11,18 +11,22 @@ size brings nothing more goes on to the next smaller one, and stops after the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from fltoolkit.attack import Progress, silent
 from fltoolkit.inversion.adaptation import Adaptation, adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.distance import cosine
 from fltoolkit.inversion.labels import infer
 from fltoolkit.inversion.matching import Objective, one_by_one_is_faster
 from fltoolkit.inversion.prior import total_variation
-from fltoolkit.types import Observation
+from fltoolkit.inversion.recipe import with_recipes
+from fltoolkit.types import Observation, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Inverting(AdamInversion):
     """Match the direction of the update under a total-variation prior, by signed Adam.
 
     tv: α, the weight of total variation. labels: how labels are inferred where they are unknown. adapt: take
-    the defenses into account. simulate: run several local steps through instead of taking their sum for one.
+    the defenses into account. simulate: run several local steps through instead of taking their sum for one,
+    after an estimate of how many there were where that is unknown.
     """
 
     name: ClassVar[str] = "inverting"
@@ -44,6 +49,16 @@ class Inverting(AdamInversion):
 
     def infer_labels(self, observation: Observation) -> Tensor:
         return infer(self.labels, observation)
+
+    def many(
+        self,
+        observations: Sequence[Observation],
+        rngs: Sequence[torch.Generator],
+        progress: Progress = silent,
+    ) -> list[Reconstruction]:
+        if not self.simulate:
+            return super().many(observations, rngs, progress)
+        return with_recipes(super().many, observations, rngs, progress)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         fitted = Adaptation(cosine)

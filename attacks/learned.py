@@ -32,7 +32,7 @@ from fltoolkit import registry
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.defense import DefenseStack, RoundContext
 from fltoolkit.errors import InputError, require
-from fltoolkit.inversion.base import check_observation
+from fltoolkit.inversion.checks import check_observation
 from fltoolkit.inversion.inverter import Hashing, Training, alike, read, train
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.training.engines import choose

@@ -247,7 +247,7 @@ def update(
     if spec.kind == "weights":
         row = row - params
     elif spec.kind == "gradient":
-        row, local = -row, None
+        row, local = -row, LocalSpec()
     attack = registry.make_attack(spec.attack) if isinstance(spec.attack, str) else spec.attack
     observation = Observation(
         model=model,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fltoolkit.metrics.image import best_trivial_psnr, match, mse, psnr, ssim
+from fltoolkit.metrics.image import best_trivial, match, mse, psnr, ssim
 from fltoolkit.metrics.interval import mean_interval, rate_interval
 from fltoolkit.metrics.label import label_accuracy
 from fltoolkit.types import Examples, Reconstruction, Transcript
@@ -19,7 +19,8 @@ from fltoolkit.types import Examples, Reconstruction, Transcript
 class Scored:
     """One victim: its truth, the reconstruction in matching order, and the metrics of each image `[N]`.
 
-    x `[N, C, H, W]` is clipped to the input range; psnr and gain in dB; labels accuracy in [0, 1].
+    x `[N, C, H, W]` is clipped to the input range; psnr and gain in dB, gain over the best trivial guess
+    `[N, C, H, W]`; labels accuracy in [0, 1].
     """
 
     truth: Examples
@@ -27,6 +28,7 @@ class Scored:
     y: Tensor
     psnr: Tensor
     gain: Tensor
+    trivial: Tensor
     ssim: Tensor
     mse: Tensor
     labels: float
@@ -47,12 +49,14 @@ def score(
     order = match(guess, truth.x)
     x, y = guess[order], found.y.cpu()[order]
     values = psnr(x, truth.x, high - low)
+    trivial = best_trivial(truth.x, mean_image.cpu(), input_range)
     return Scored(
         truth=truth,
         x=x,
         y=y,
         psnr=values,
-        gain=values - best_trivial_psnr(truth.x, mean_image.cpu(), input_range),
+        gain=values - psnr(trivial, truth.x, high - low),
+        trivial=trivial,
         ssim=ssim(x, truth.x, high - low),
         mse=mse(x, truth.x),
         labels=label_accuracy(y, truth.y, num_classes),

@@ -34,19 +34,19 @@ def protect(stack: DefenseStack, rows: torch.Tensor, ctx: RoundContext) -> Prote
     return Protected(messages, total, stack.server(total, ctx), stack.events(ctx))
 
 
-def tiny_model(seed: int = 0, classes: int = 4) -> nn.Module:
-    """A smooth 2-layer network on 1x5x5 inputs; 25-12-classes, sigmoid."""
+def tiny_model(seed: int = 0, classes: int = 4, side: int = 5) -> nn.Module:
+    """A smooth 2-layer network on 1 x side x side inputs; side²-12-classes, sigmoid."""
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.Sigmoid(), nn.Linear(12, classes))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(side**2, 12), nn.Sigmoid(), nn.Linear(12, classes))
     with torch.no_grad():
         for p in model.parameters():
             p.uniform_(-0.5, 0.5, generator=generator)
     return model
 
 
-def tiny_examples(count: int, seed: int = 1, classes: int = 4) -> Examples:
+def tiny_examples(count: int, seed: int = 1, classes: int = 4, side: int = 5) -> Examples:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(count, 1, 5, 5, generator=generator)
+    x = torch.rand(count, 1, side, side, generator=generator)
     return Examples(x, torch.randint(0, classes, (count,), generator=generator))
 
 

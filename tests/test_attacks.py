@@ -12,13 +12,16 @@ from fltoolkit import registry
 from fltoolkit.errors import InputError
 
 ATTACKS = {
+    "dlfa": "dlfa:steps=150,restarts=2",
     "dlg": "dlg:steps=150",
+    "generative": "generative:steps=20,training=20",
     "idlg": "idlg:steps=150",
     "gradinversion": "gradinversion:steps=150,restarts=2",
     "inverting": "inverting:steps=150",
     "learned": "learned:steps=30,simulations=64,hidden=16",
+    "sme": "sme:steps=150",
 }
-SEARCHES = ["dlg", "gradinversion:tv=0,l2=0", "idlg", "inverting:tv=0"]
+SEARCHES = ["dlfa:tv=0", "dlg", "gradinversion:tv=0,l2=0", "idlg", "inverting:tv=0", "sme:tv=0"]
 
 
 def seeded(seed=0):
@@ -40,11 +43,12 @@ def test_the_table_covers_every_attack():
 @pytest.mark.parametrize("name", ATTACKS)
 def test_contract(name):
     """Shapes of the batch, labels in range, the observation untouched, equal seeds equal numbers."""
-    attack, model = registry.make_attack(ATTACKS[name]), tiny_model()
-    seen = observe(model, tiny_examples(2), auxiliary=tiny_examples(40, 9))
+    side = 8 if name == "generative" else 5
+    attack, model = registry.make_attack(ATTACKS[name]), tiny_model(side=side)
+    seen = observe(model, tiny_examples(2, side=side), auxiliary=tiny_examples(40, 9, side=side))
     before, weights = copies(seen), [p.clone() for p in model.parameters()]
     found = attack(seen, seeded())
-    assert found.x.shape == (2, 1, 5, 5)
+    assert found.x.shape == (2, 1, side, side)
     assert found.y.shape == (2,)
     assert found.y.min() >= 0
     assert found.y.max() < 4
@@ -81,5 +85,5 @@ def test_third_parties_add_attacks_by_entry_point(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group.endswith("attacks") else [])
     assert registry.attack_names() == sorted([*ATTACKS, "theirs"])
     assert registry.make_attack("theirs:steps=3").steps == 3
-    with pytest.raises(InputError, match=r"unknown attack 'others'.*known: dlg, .*theirs"):
+    with pytest.raises(InputError, match=r"unknown attack 'others'.*known: .*theirs"):
         registry.make_attack("others")

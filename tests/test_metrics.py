@@ -11,7 +11,7 @@ from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from fltoolkit.metrics.image import best_trivial_psnr, match, mse, psnr, ssim
+from fltoolkit.metrics.image import best_trivial, match, mse, psnr, ssim
 from fltoolkit.metrics.interval import mean_interval, rate_interval
 from fltoolkit.metrics.label import label_accuracy
 
@@ -67,7 +67,7 @@ def test_matching_is_the_best_permutation():
 def test_best_trivial_guess_by_hand():
     truth = torch.stack([torch.full((1, 2, 2), 0.6), torch.full((1, 2, 2), 0.9)])
     mean = torch.full((1, 2, 2), 0.8)
-    values = best_trivial_psnr(truth, mean, (0.0, 1.0))
+    values = psnr(best_trivial(truth, mean, (0.0, 1.0)), truth, 1.0)
     assert values.tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
 
 

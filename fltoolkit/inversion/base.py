@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fltoolkit.attack import Attack, Progress, silent
-from fltoolkit.errors import InputError, require
+from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam, Schedule
+from fltoolkit.inversion.checks import check_observation, check_searchable, stackable
 from fltoolkit.inversion.diagnosis import diagnose
 from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.lbfgs import Objective as Energy
@@ -28,6 +30,7 @@ class GradientInversion(Attack):
     stop at tolerance times the distance of an update of zero.
     """
 
+    matching: ClassVar[type[GradientMatching]] = GradientMatching
     steps: int = 3000
     restarts: int = 4
     tolerance: float = 1e-8
@@ -41,6 +44,10 @@ class GradientInversion(Attack):
         """Labels `[N]` to hold fixed during the search, or None to search them too."""
         return None
 
+    def label_rows(self, observation: Observation, labels: Tensor, rng: torch.Generator) -> Tensor:
+        """What the search holds fixed of the labels `[N]`: themselves, or a line for each restart."""
+        return labels
+
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         """What to minimise, and in words how it was adapted to the defenses (empty: not at all)."""
         return Objective(), ""
@@ -48,7 +55,10 @@ class GradientInversion(Attack):
     def problem(
         self, observations: Sequence[Observation], owner: Tensor, labels: Tensor | None
     ) -> GradientMatching:
-        return GradientMatching(observations, owner, labels, self.objective(observations[0])[0])
+        objective, _ = self.objective(observations[0])
+        if not objective.one_by_one and not stackable(observations[0]):
+            objective = replace(objective, one_by_one=True)
+        return self.matching(observations, owner, labels, objective)
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
         """A victim's random guesses `[restarts, n]`."""
@@ -69,8 +79,10 @@ class GradientInversion(Attack):
     ) -> list[Reconstruction]:
         for o in observations:
             check_observation(o)
+        check_searchable(observations[0])
         inferred = [o.labels if o.labels is not None else self.infer_labels(o) for o in observations]
-        fixed = [y for y in inferred if y is not None]
+        rows = zip(observations, inferred, rngs, strict=True)
+        fixed = [self.label_rows(o, y, rng) for o, y, rng in rows if y is not None]
         labels = torch.stack(fixed) if len(fixed) == len(inferred) else None
         found = search(observations, rngs, labels, self, progress)
         return [self._explained(f, o) for f, o in zip(found, observations, strict=True)]
@@ -155,15 +167,3 @@ def noise(
     z = torch.randn(restarts, problem.variables, generator=rng)
     z[:, : problem.inputs] = 0.5 * (low + high) + std * (high - low) * z[:, : problem.inputs]
     return z
-
-
-def check_observation(observation: Observation) -> None:
-    """Refuse, before any work, an update that no search can match; the error names the bad layer."""
-    layout = observation.layout
-    for name, row in (("params", observation.params), ("update", observation.update)):
-        if row.shape != (layout.size,):
-            got = tuple(row.shape)
-            raise InputError(f"{name} must be a row of {layout.size} numbers, got shape {got}")
-        bad = layout.first_non_finite(row)
-        if bad is not None:
-            raise InputError(f"{name} must be finite, got NaN or infinity in layer {bad!r}")

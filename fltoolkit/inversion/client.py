@@ -17,6 +17,8 @@ from fltoolkit.types import LocalSpec, Loss
 State = dict[str, Tensor]
 Update = Callable[[State, State, Tensor, Tensor], State]
 """`update(params, buffers, x [N, ...], y) -> {name: tensor}` in the layout of the parameters."""
+Descent = Callable[[State, State, Tensor, Tensor, Tensor | float], State]
+"""The same with the step size η as last argument."""
 
 
 def one_step(model: nn.Module, loss: Loss) -> Update:
@@ -39,24 +41,45 @@ def eager_step(model: nn.Module, loss: Loss) -> Update:
     return gradient
 
 
-def local_steps(gradient: Update, local: LocalSpec, clients: int) -> Update:
+def local_steps(gradient: Update, local: LocalSpec, clients: int, sets: int = 1) -> Update:
     """−Δ / (η u) of `clients` that hold equal, consecutive parts of the guess and each take their u local
-    steps; batches are consecutive too, and the same in every epoch."""
+    steps; batches are consecutive too, and the same in every epoch. With sets = E, the guess holds a data set
+    for each epoch, one after the other."""
+    run = descent(gradient, local, clients, sets)
 
-    def one(params: State, buffers: State, x: Tensor, y: Tensor) -> State:
-        size = local.batch or len(x)
+    def update(params: State, buffers: State, x: Tensor, y: Tensor) -> State:
+        total = local.lr * local.steps(len(x) // (sets * clients))
+        moved = run(params, buffers, x, y, local.lr)
+        return {n: m / total for n, m in moved.items()}
+
+    return update
+
+
+def descent(gradient: Update, local: LocalSpec, clients: int, sets: int = 1) -> Descent:
+    """w_0 − w_u, the mean over clients, with the step size as an argument; otherwise as `local_steps`."""
+
+    def one(params: State, buffers: State, x: Tensor, y: Tensor, lr: Tensor | float) -> State:
+        count = len(x) // sets
+        size = min(local.batch or count, count)
         start, velocity = params, {n: torch.zeros_like(p) for n, p in params.items()}
-        for _ in range(local.epochs):
-            for part in range(0, len(x), size):
-                g = gradient(params, buffers, x[part : part + size], y[part : part + size])
+        for epoch in range(local.epochs):
+            first = epoch * count if sets > 1 else 0
+            for part in range(first, first + count, size):
+                end = min(part + size, first + count)
+                g = gradient(params, buffers, x[part:end], y[part:end])
                 decayed = {n: g[n] + local.weight_decay * p for n, p in params.items()}
                 velocity = {n: local.momentum * velocity[n] + decayed[n] for n in params}
-                params = {n: p - local.lr * velocity[n] for n, p in params.items()}
-        total = local.lr * local.steps(len(x))
-        return {n: (start[n] - params[n]) / total for n in params}
+                params = {n: p - lr * velocity[n] for n, p in params.items()}
+        return {n: start[n] - params[n] for n in params}
 
-    def mean(params: State, buffers: State, x: Tensor, y: Tensor) -> State:
-        found = [one(params, buffers, a, b) for a, b in zip(x.chunk(clients), y.chunk(clients), strict=True)]
+    def mean(params: State, buffers: State, x: Tensor, y: Tensor, lr: Tensor | float) -> State:
+        parts = zip(_shares(x, clients, sets), _shares(y, clients, sets), strict=True)
+        found = [one(params, buffers, a, b, lr) for a, b in parts]
         return {n: torch.stack([f[n] for f in found]).mean(0) for n in params}
 
     return one if clients == 1 else mean
+
+
+def _shares(data: Tensor, clients: int, sets: int) -> list[Tensor]:
+    """Each client's consecutive part of every one of the data sets in `data [sets N, ...]`."""
+    return [part.flatten(0, 1) for part in data.unflatten(0, (sets, -1)).chunk(clients, 1)]

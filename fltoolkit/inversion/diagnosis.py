@@ -74,7 +74,7 @@ def _rank(o: Observation, part: float) -> str:
 
 def _steps(o: Observation, part: float) -> str:
     if o.local is None:
-        return "local training is unknown: the update was read as one gradient"
+        return "local training is unknown"
     return ""
 
 

@@ -18,7 +18,7 @@ from fltoolkit.errors import InputError
 from fltoolkit.inversion.client import State, Update, eager_step, local_steps, one_step
 from fltoolkit.inversion.distance import Distance, squared
 from fltoolkit.inversion.prior import Prior
-from fltoolkit.types import Observation
+from fltoolkit.types import LocalSpec, Observation
 
 CHUNK_FLOATS = 2**25
 """Rows evaluated together hold at most this many gradient entries (128 MiB each for a few tensors)."""
@@ -90,8 +90,12 @@ class GradientMatching:
         if self.objective.simulate and o.local is not None:
             self.steps = o.local.steps(max(1, o.num_examples // o.clients))
             if self.steps > 1 or o.local.weight_decay:
-                update = local_steps(update, o.local, o.clients)
+                update = self._several(update, o.local, o.clients)
         return update if one_by_one else cast(Update, vmap(update))
+
+    def _several(self, gradient: Update, local: LocalSpec, clients: int) -> Update:
+        """The update of a client's several local steps."""
+        return local_steps(gradient, local, clients)
 
     def add_prior(self, weight: float, prior: Prior) -> None:
         """One more term, which may depend on the problems."""
@@ -142,7 +146,7 @@ class GradientMatching:
         x, y = self.decode(z, rows)
         owner = self.owner[rows]
         with torch.autocast(z.device.type, self.objective.precision, self._mixed):
-            found = self._updates(params, owner, x, y)
+            found = self._updates(z, params, owner, x, y)
         # ∂d/∂z = (∂g/∂z)ᵀ ∂d/∂g: the distance gives its own derivative, no graph through it.
         g = self._flat(found, target)
         loss = self.objective.distance(g, target)
@@ -159,12 +163,16 @@ class GradientMatching:
     def _mixed(self) -> bool:
         return self.objective.precision != torch.float32
 
-    def _updates(self, params: Tensor, owner: Tensor, x: Tensor, y: Tensor) -> State:
+    def _updates(self, z: Tensor, params: Tensor, owner: Tensor, x: Tensor, y: Tensor) -> State:
+        """What would be sent for guesses z, whose data are x and y, from params `[S, D]`."""
+        return self._run(params, owner, x, y)
+
+    def _run(self, params: Tensor, owner: Tensor, *guess: Tensor) -> State:
         buffers = {n: b[owner] for n, b in self._buffers.items()}
         if not self.objective.one_by_one:
-            return dict(self._update(self.layout.unflatten(params), buffers, x, y))
+            return dict(self._update(self.layout.unflatten(params), buffers, *guess))
         single = {n: p.requires_grad_() for n, p in self.layout.unflatten(params[0]).items()}
-        found = self._update(single, {n: b[0] for n, b in buffers.items()}, x[0], y[0])
+        found = self._update(single, {n: b[0] for n, b in buffers.items()}, *(g[0] for g in guess))
         return {n: f[None] for n, f in found.items()}
 
     def _flat(self, found: State, target: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ def match(x: Tensor, truth: Tensor) -> Tensor:
     return order
 
 
-def best_trivial_psnr(truth: Tensor, mean_image: Tensor, input_range: tuple[float, float]) -> Tensor:
-    """PSNR `[N]` in dB of the better of two guesses that need no update: the middle grey, and the mean
-    image `[C, H, W]` of the data set."""
+def best_trivial(truth: Tensor, mean_image: Tensor, input_range: tuple[float, float]) -> Tensor:
+    """The better of two guesses that need no update, image by image `[N, C, H, W]`: the middle grey, and the
+    mean image `[C, H, W]` of the data set."""
     low, high = input_range
-    grey = torch.full_like(truth, (low + high) / 2)
-    guesses = [grey, mean_image.to(truth).expand_as(truth)]
-    return torch.stack([psnr(g, truth, high - low) for g in guesses]).max(0).values
+    guesses = torch.stack([torch.full_like(truth, (low + high) / 2), mean_image.to(truth).expand_as(truth)])
+    best = torch.stack([mse(g, truth) for g in guesses]).argmin(0)
+    return guesses[best, torch.arange(len(truth))]

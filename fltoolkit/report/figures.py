@@ -18,8 +18,8 @@ INK, ACCENT, GRID = "#1f2937", "#c2410c", "#d1d5db"
 
 
 def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, data_range: float) -> None:
-    """Original, reconstruction, absolute difference of the first images, and the matching loss over
-    iterations of their victims."""
+    """Original, reconstruction and the best guess without the update of the first images, and the matching
+    loss over iterations of their victims."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,10 +31,13 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
     grid = figure.add_gridspec(len(pairs), 5, width_ratios=[1, 1, 1, 0.12, 2.2])
     for row, (v, i) in enumerate(pairs):
         s = victims[v]
-        difference = (s.x[i] - s.truth.x[i]).abs()
-        labels = (f"true label {int(s.truth.y[i])}", f"recovered {int(s.y[i])}", f"{s.psnr[i]:.1f} dB")
-        heads = ("original", "reconstruction", "|difference|")
-        for column, image in enumerate((s.truth.x[i], s.x[i], difference)):
+        labels = (
+            f"label {int(s.truth.y[i])}",
+            f"label {int(s.y[i])}, {s.psnr[i]:.1f} dB\nmatching loss {s.found.loss:.1e}",
+            f"{s.psnr[i] - s.gain[i]:.1f} dB",
+        )
+        heads = ("original", "reconstruction", "best guess\nwithout the update")
+        for column, image in enumerate((s.truth.x[i], s.x[i], s.trivial[i])):
             axis = figure.add_subplot(grid[row, column])
             _show(axis, image, data_range)
             axis.set_xlabel(labels[column], fontsize=9, color=INK)
