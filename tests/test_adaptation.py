@@ -96,6 +96,10 @@ def test_reasons(observation, loss, words):
     assert words in said(observation, loss)
 
 
+def test_noise_is_not_taken_for_a_failed_search():
+    assert "not matched" not in said(seen(CLIP, NOISE), 0.5)
+
+
 def test_dead_units_and_batch_norm():
     model = tiny_model()
     with torch.no_grad():
@@ -104,3 +108,12 @@ def test_dead_units_and_batch_norm():
     normed = nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     assert "BatchNorm uses the statistics of the batch" in said(seen(model=normed))
     assert said(seen(model=normed.eval())) == ""
+
+
+def test_public_images_say_how_much_neighbours_differ():
+    rough = tiny_examples(50, 3)
+    down, right = rough.x.diff(dim=2).abs().mean(), rough.x.diff(dim=3).abs().mean()
+    expected = float(down + right) / 2
+    known = adapt(seen(CLIP, NOISE, auxiliary=rough), cosine, 0.1)
+    assert 0.1 * known.prior == pytest.approx(4 * 25 / expected, rel=1e-5)
+    assert expected > 0.2

@@ -202,3 +202,10 @@ def test_the_rivals_are_compared_victim_by_victim():
     assert found["seconds_ours_to_breaching"] == [0.5, 0.5]
     assert found["sides"]["ours"]["psnr_db_by_image"] == [[10.0, 20.0]] * 2
     assert inversion_rival.render({"lenet-n1": found}).count("not run") == 6 * 8
+
+
+def test_the_documentation_shows_the_committed_cells():
+    text = (Path(__file__).parents[1] / "docs" / "inversion.md").read_text(encoding="utf-8")
+    assert render(read(inversion.RESULTS)) in text
+    found = json.loads(inversion_rival.RESULT.read_text(encoding="utf-8"))
+    assert inversion_rival.render(found["cases"]) in text

@@ -70,14 +70,16 @@ def measured(digits, attack, scene):
 
 
 def test_noise_that_defeats_inverting_does_not_defeat_a_generator(digits, noisy):
-    """Measured: PSNR 8.4 dB by inverting, 14.9 from codes, 16.7 by auto; with the defaults 17.6 and 18.7."""
+    """Measured: PSNR 8.4 dB by inverting, 13.0 where it ignores the noise, 14.9 from codes, 16.7 by auto."""
     plain, _ = measured(digits, make_attack("inverting:steps=400"), noisy)
+    blind, _ = measured(digits, make_attack("inverting:steps=400,adapt=false"), noisy)
     codes, at_codes = measured(digits, Generative(space="latent", **SMALL), noisy)
     auto, at_auto = measured(digits, Generative(**SMALL), noisy)
     assert plain.mean() < 10
     assert codes.mean() > 13
     assert auto.mean() > codes.mean()
-    assert (auto - plain).min() > 4, "every victim"
+    assert blind.mean() < 14
+    assert (auto - torch.maximum(plain, blind)).min() > 1.5, "every victim"
     assert all(a.loss <= c.loss for a, c in zip(at_auto, at_codes, strict=True))
     assert "likelihood of Gaussian noise" in at_auto[0].adaptation
     assert "360 auxiliary examples" in at_auto[0].note
@@ -93,9 +95,9 @@ def test_the_generator_tells_labels_that_noise_hid(digits, learnt):
     assert evaluations == 2 * 2 * 10
     unknown = dataclasses.replace(observations[0], labels=None)
     quick = {"steps": 2, "training": 250, "width": 8, "restarts": 1, "space": "latent"}
-    assert Generative(**quick)(unknown, seeded()).y.tolist() == truth[0].tolist()
     given = dataclasses.replace(unknown, labels=(truth[0] + 1) % 10)
-    assert Generative(**quick)(given, seeded()).y.tolist() == given.labels.tolist()
+    read = Generative(**quick).many([unknown, given], [seeded(), seeded(1)])
+    assert [r.y.tolist() for r in read] == [truth[0].tolist(), given.labels.tolist()]
 
 
 def test_later_spaces_match_better_and_bring_back_more(digits):

@@ -36,8 +36,8 @@ def test_training_lowers_the_error_on_images_it_never_saw():
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 28, 28), (3, 32, 32), (1, 70, 20)])
 def test_stages_fit_any_side_and_compose(shape):
-    public = Examples(torch.rand(6, *shape, generator=seeded()) * 4 - 2, torch.arange(6) % 3)
-    net, trace = train(public, 3, (-2.0, 2.0), Training(2, 5, 2), 0)
+    public = Examples(torch.rand(6, *shape, generator=seeded()) * 4 + 2, torch.arange(6) % 3)
+    net, trace = train(public, 3, (2.0, 6.0), Training(2, 5, 2), 0)
     g, z = net.generator, torch.randn(4, 5, generator=seeded())
     h = g.features(z, public.y[:4])
     for stage in range(len(g.names) - 1):
@@ -45,11 +45,11 @@ def test_stages_fit_any_side_and_compose(shape):
         assert x.shape == (4, *shape)
         torch.testing.assert_close(x, g(z, public.y[:4]))
         h = g.through(h, stage + 1)
-    assert -2 <= float(x.min()) < float(x.max()) <= 2
-    again, same = train(public, 3, (-2.0, 2.0), Training(2, 5, 2), 0)
+    assert 2 < float(x.min()) < float(x.max()) < 6
+    again, same = train(public, 3, (2.0, 6.0), Training(2, 5, 2), 0)
     assert torch.equal(trace, same)
     assert torch.equal(again.generator(z, public.y[:4]), g(z, public.y[:4]))
-    assert not torch.equal(trace, train(public, 3, (-2.0, 2.0), Training(2, 5, 2), 1)[1])
+    assert not torch.equal(trace, train(public, 3, (2.0, 6.0), Training(2, 5, 2), 1)[1])
 
 
 @pytest.mark.parametrize("kind", ["codes", "parameters", "features"])
@@ -59,7 +59,7 @@ def test_the_chain_rule_is_the_slope_of_the_loss(kind):
     model, data = tiny_model().double(), tiny_examples(2)
     data = Examples(data.x.double(), data.y)
     o = [observe(model, data), observe(model, Examples(data.x.flip(0) / 2, data.y))]
-    labels = torch.stack([data.y, data.y])
+    labels = torch.stack([data.y, (data.y + 1) % 4])
     net, _ = train(tiny_examples(8, 9), 4, (0.0, 1.0), Training(3, 3, 2), 0)
     g = net.generator.double()
     z = torch.randn(2, 6, dtype=torch.float64, generator=seeded())
@@ -78,8 +78,8 @@ def test_the_chain_rule_is_the_slope_of_the_loss(kind):
         step = 1e-5 * direction
         slope = (f(v + step, rows)[0] - f(v - step, rows)[0]) / 2e-5
         torch.testing.assert_close((gradient * direction).sum(1), slope, rtol=1e-5, atol=1e-8)
-    alone = f(v[:1], rows[:1])
-    torch.testing.assert_close(alone[0], f(v, rows)[0][:1])
+    torch.testing.assert_close(f(v.flip(0), rows.flip(0))[0].flip(0), f(v, rows)[0])
+    torch.testing.assert_close(f(v[1:], rows[1:])[0], f(v, rows)[0][1:])
 
 
 def test_projection_onto_the_l1_ball_is_the_nearest_point():

@@ -13,11 +13,12 @@ from math import inf, isfinite, prod, sqrt
 from typing import Any
 
 from fltoolkit.inversion.distance import Distance, Masked, Signs, Times, scaled
+from fltoolkit.inversion.prior import total_variation
 from fltoolkit.types import Observation
 
 TYPICAL_VARIATION = 0.05
 """Mean absolute difference of neighbouring pixels in natural images at 32x32, in units of the range: the
-scale of a Laplace prior on such differences."""
+scale of a Laplace prior on such differences, where no public images say better."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ def noise_std(observation: Observation) -> float:
     return sqrt(variance) / o.step_size
 
 
+def _variation(observation: Observation) -> float:
+    """Mean absolute difference of neighbouring pixels, of public images where there are any."""
+    low, high = observation.input_range
+    public = observation.auxiliary
+    if public is None or public.x.dim() != 4:
+        return TYPICAL_VARIATION * (high - low)
+    x = public.x[:1000]
+    nothing = x.new_empty(0)
+    return max(float(total_variation(x[:, None], nothing, nothing).mean()) / 2, 1e-6 * (high - low))
+
+
 def _clip(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
     return replace(a, words=(*a.words, "distance blind to scale, for the clip"))
 
@@ -80,12 +92,11 @@ def _gaussian(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adap
         return a
     masked = isinstance(a.distance, Masked) or isinstance(getattr(a.distance, "inner", None), Masked)
     inner = Masked(scaled) if masked else scaled
-    low, high = o.input_range
     pixels = o.num_examples * prod(o.input_shape)
     return replace(
         a,
         distance=Times(inner, 1 / (2 * std * std)),
-        prior=pixels / (TYPICAL_VARIATION * (high - low)),
+        prior=pixels / _variation(o),
         words=(*a.words, f"likelihood of Gaussian noise, std {std:.3g} a coordinate"),
     )
 

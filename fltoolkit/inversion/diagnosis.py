@@ -32,7 +32,7 @@ def diagnose(observation: Observation, loss: float, scale: float) -> tuple[str, 
 def _ended(o: Observation, part: float) -> str:
     if not isfinite(part):
         return "diverged: the objective is not finite from any start; try a smaller step or start"
-    if part > UNMATCHED:
+    if part > UNMATCHED and noise_std(o) == 0:
         return f"the update is not matched: {part:.1%} of a zero update's distance is left; try more restarts"
     return ""
 
