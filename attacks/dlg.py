@@ -2,7 +2,8 @@
 
 Zhu, Liu, Han 2019, arXiv:1906.08935, Algorithm 1: search a dummy batch x' and dummy label logits y'
 whose gradient matches the observed one, min ‖∇_θ L(F(x'), softmax(y')) − g‖², by L-BFGS. The
-attack knows no defense: a clipped or noised gradient is matched as if it were the true one.
+attack knows no defense: a clipped or noised gradient is matched as if it were the true one, unless
+`adapt=true`.
 
 Beyond the paper: several restarts, ranked by the matching loss alone; a line search in L-BFGS, so that a
 step never makes the match worse; and a start closer to grey, 0.5 + 0.3 N(0, 1) on inputs in [0, 1]

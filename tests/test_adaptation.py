@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import observe, tiny_examples, tiny_model
@@ -9,7 +11,7 @@ from torch import nn
 
 from fltoolkit.inversion.adaptation import adapt, noise_std
 from fltoolkit.inversion.diagnosis import diagnose
-from fltoolkit.inversion.distance import Masked, Signs, Times, cosine, scaled
+from fltoolkit.inversion.distance import Masked, Signs, Times, aligned, cosine, relative, scaled, squared
 from fltoolkit.types import LocalSpec
 
 CLIP = {"name": "clip", "norm": 0.5}
@@ -108,6 +110,20 @@ def test_dead_units_and_batch_norm():
     normed = nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     assert "BatchNorm uses the statistics of the batch" in said(seen(model=normed))
     assert said(seen(model=normed.eval())) == ""
+
+
+@pytest.mark.parametrize(
+    ("distance", "blind"),
+    [(squared, scaled), (relative, aligned), (Masked(squared), Masked(scaled)), (max, cosine)],
+)
+def test_a_clip_that_acted_takes_the_scale_away(distance, blind):
+    short = observe(tiny_model(), tiny_examples(4), defenses=(CLIP | {"norm": 0.01},))
+    clipped = replace(short, update=0.01 * short.update / short.update.norm())
+    assert adapt(clipped, distance, 0.1).distance == blind
+    untouched = adapt(replace(clipped, defenses=(CLIP,)), distance, 0.1)
+    assert (untouched.distance, untouched.about) == (distance, "the clip did not act")
+    of_many = adapt(replace(clipped, defenses=(CLIP,), clients=2), distance, 0.1)
+    assert of_many.distance == blind
 
 
 def test_public_images_say_how_much_neighbours_differ():

@@ -43,6 +43,12 @@ def test_clipping_hurts_plain_dlg_but_epsilon_stays_infinite():
     assert report["epsilon"]["aggregate"] is None
 
 
+def test_clipping_does_not_stop_an_attack_that_knows_of_it():
+    report = measure("clip:norm=0.5", attack="idlg:adapt=true,restarts=2,steps=1200")
+    assert psnr(report) > 30
+    assert "blind to scale" in report["adaptations"][0]
+
+
 def test_central_noise_leaves_the_servers_view_as_if_undefended():
     """The clip is wide enough to touch nothing, so that the noise alone is judged."""
     report = measure("clip:norm=1000", "gaussian:noise_multiplier=1.0,placement=server")

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, prod, sqrt
 from typing import Any
 
-from fltoolkit.inversion.distance import Distance, Masked, Signs, Times, scaled
+from fltoolkit.inversion.distance import SCALE_FREE, Distance, Masked, Signs, Times, cosine, scaled
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.types import Observation
 
 TYPICAL_VARIATION = 0.05
 """Mean absolute difference of neighbouring pixels in natural images at 32x32, in units of the range: the
 scale of a Laplace prior on such differences, where no public images say better."""
+
+UNTOUCHED = 1e-3
+"""An update is this part shorter than the clip's norm at least, where the clip did nothing to it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,18 @@ def _variation(observation: Observation) -> float:
 
 
 def _clip(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
-    return replace(a, words=(*a.words, "distance blind to scale, for the clip"))
+    if o.clients == 1 and float(o.update.norm()) < float(defense["norm"]) * (1 - UNTOUCHED):
+        return replace(a, words=(*a.words, "the clip did not act"))
+    return replace(a, distance=_blind(a.distance), words=(*a.words, "distance blind to scale, for the clip"))
+
+
+def _blind(distance: Distance) -> Distance:
+    """The distance without the scale: its own kind where there is one, the cosine otherwise."""
+    if isinstance(distance, Masked):
+        return Masked(_blind(distance.inner))
+    if isinstance(distance, Times | Signs):
+        return distance
+    return SCALE_FREE.get(distance, cosine)
 
 
 def _gaussian(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:

@@ -12,11 +12,14 @@ from torch import Tensor
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam, Schedule
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.checks import check_observation, check_searchable, stackable
 from fltoolkit.inversion.diagnosis import diagnose
+from fltoolkit.inversion.distance import squared
 from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.lbfgs import Objective as Energy
 from fltoolkit.inversion.matching import GradientMatching, Objective
+from fltoolkit.inversion.prior import total_variation
 from fltoolkit.inversion.search import Bounds, Optimiser, search
 from fltoolkit.types import Observation, Reconstruction
 
@@ -98,16 +101,24 @@ class LBFGSInversion(GradientInversion):
     """Descent by L-BFGS from normal noise.
 
     history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
-    units of that range.
+    units of that range. adapt: take the defenses into account, which the papers' attacks do not.
     """
 
     history: int = 100
     start_std: float = 0.3
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.history >= 1, "history", ">= 1", self.history)
         require(self.start_std > 0, "start_std", "> 0", self.start_std)
+
+    def objective(self, observation: Observation) -> tuple[Objective, str]:
+        if not self.adapt:
+            return Objective(), ""
+        fitted = adapt(observation, squared, 1.0)
+        priors = ((fitted.prior, total_variation),) if fitted.prior != 1.0 else ()
+        return Objective(fitted.distance, priors), fitted.about
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
         return noise(problem, rng, bounds, self.restarts, self.start_std)

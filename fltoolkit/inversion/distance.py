@@ -42,21 +42,45 @@ def relative(g: Tensor, t: Tensor) -> Tensor:
 
 def cosine(g: Tensor, t: Tensor) -> Tensor:
     """1 − ⟨g, t⟩ / (‖g‖ ‖t‖) (Geiping et al. 2020, arXiv:2003.14053, eq. 4), in [0, 2]; blind to the scale
-    of either."""
-    gg, tt = dot(g, g).clamp_min(TINY), dot(t, t).clamp_min(TINY)
-    similarity = dot(g, t) / (gg * tt).sqrt()
-    g.mul_((similarity / gg)[:, None]).addcmul_(t, (gg * tt).rsqrt()[:, None], value=-1)
-    return 1 - similarity
+    of either.
+
+    Computed as ½ ‖ĝ − t̂‖² with unit vectors: the difference of two numbers near 1 would have lost all its
+    digits long before a search ends, and its derivative with it.
+    """
+    length = dot(g, g).clamp_min(TINY).sqrt()[:, None]
+    g.div_(length)
+    apart = g - t * dot(t, t).clamp_min(TINY).rsqrt()[:, None]
+    d = 0.5 * dot(apart, apart)
+    g.mul_(-d[:, None]).add_(apart).div_(length)
+    return d
 
 
 def scaled(g: Tensor, t: Tensor) -> Tensor:
     """min over s ≥ 0 of ‖s g − t‖² = ‖t‖² (1 − max(0, cos)²): the squared distance for who does not know the
     scale, as under clipping."""
-    gg, tt = dot(g, g).clamp_min(TINY), dot(t, t)
-    gt = dot(g, t).clamp_min(0)
-    s = gt / gg
-    g.mul_((2 * s * s)[:, None]).addcmul_(t, (2 * s)[:, None], value=-1)
-    return tt - gt * s
+    s = (dot(g, t).clamp_min(0) / dot(g, g).clamp_min(TINY))[:, None]
+    g.mul_(s).sub_(t)
+    d = dot(g, g)
+    g.mul_(2 * s)
+    return d
+
+
+def aligned(g: Tensor, t: Tensor) -> Tensor:
+    """1 − max(0, cos)², `scaled` relative to ‖t‖²."""
+    tt = dot(t, t).clamp_min(TINY)
+    d = scaled(g, t)
+    g.div_(tt[:, None])
+    return d / tt
+
+
+SCALE_FREE: dict[Distance, Distance] = {
+    squared: scaled,
+    relative: aligned,
+    cosine: cosine,
+    scaled: scaled,
+    aligned: aligned,
+}
+"""What each distance becomes for who does not know the scale of the observed update."""
 
 
 @dataclass(frozen=True)
