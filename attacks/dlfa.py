@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fltoolkit.attack import Progress, silent
 from fltoolkit.errors import require
-from fltoolkit.inversion.adaptation import Adaptation, adapt
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.distance import Distance, cosine
 from fltoolkit.inversion.epochs import (
@@ -90,12 +90,12 @@ class DLFA(AdamInversion):
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         o = observation
         distance: Distance = Layered.falling(o.layout, o.params.device) if self.rec == "layers" else cosine
-        fitted = adapt(o, distance, self.tv) if self.adapt else Adaptation(distance)
+        fitted = adapt(o, distance, self.tv, self.adapt)
         low, high = o.input_range
-        priors: list[tuple[float, Prior]] = [(self.tv * fitted.prior / (high - low), total_variation)]
+        priors: list[tuple[float, Prior]] = [(fitted.tv, total_variation)]
         if self.inv and sets(o) > 1:
             unit = (high - low) ** (2 if self.d_inv == "l2" else 1)
-            priors.append((self.inv * fitted.prior / unit, EpochInvariance(sets(o), self.g, self.d_inv)))
+            priors.append((self.inv * fitted.strength / unit, EpochInvariance(sets(o), self.g, self.d_inv)))
         objective = Objective(
             fitted.distance, tuple(priors), simulate=True, one_by_one=one_by_one_is_faster(o)
         )

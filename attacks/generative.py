@@ -29,10 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fltoolkit.attack import Attack, Progress, silent
-from fltoolkit.errors import InputError, require
-from fltoolkit.inversion.adaptation import Adaptation, adapt
-from fltoolkit.inversion.checks import check_observation, check_searchable
+from fltoolkit.attack import Attack, Progress, grouped, silent
+from fltoolkit.errors import require
+from fltoolkit.inversion.adaptation import adapt
+from fltoolkit.inversion.checks import check_auxiliary, check_observation, check_searchable
 from fltoolkit.inversion.diagnosis import diagnose
 from fltoolkit.inversion.distance import Distance, Masked, Times, cosine
 from fltoolkit.inversion.generative import SPACES, Prior, Search, Searched, Setting
@@ -97,7 +97,7 @@ class Generative(Attack):
             check(o)
         check_searchable(observations[0])
         found: dict[int, Reconstruction] = {}
-        for group in sharing(observations):
+        for group in grouped(observations, same_public):
             members = [observations[i] for i in group]
             results = self._invert(members, [rngs[i] for i in group], progress)
             found |= zip(group, results, strict=True)
@@ -105,10 +105,9 @@ class Generative(Attack):
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         """What to minimise over images, and in words how it was adapted to the defenses."""
-        fitted = adapt(observation, cosine, self.tv) if self.adapt else Adaptation(cosine)
-        low, high = observation.input_range
+        fitted = adapt(observation, cosine, self.tv, self.adapt)
         words = fitted.words
-        priors: tuple[tuple[float, Images], ...] = ((self.tv / (high - low), total_variation),)
+        priors: tuple[tuple[float, Images], ...] = ((fitted.tv, total_variation),)
         if is_likelihood(fitted.distance):
             priors, words = (), (*words, "the generator's own prior in place of total variation")
         one_by_one = one_by_one_is_faster(observation)
@@ -182,19 +181,8 @@ def is_likelihood(distance: Distance) -> bool:
     return isinstance(distance.inner if isinstance(distance, Masked) else distance, Times)
 
 
-def sharing(observations: Sequence[Observation]) -> list[list[int]]:
-    """Positions of the observations that one generator can serve, group by group."""
-    groups: list[list[int]] = []
-    for i, o in enumerate(observations):
-        home = next((g for g in groups if _same_public(observations[g[0]], o)), None)
-        if home is None:
-            groups.append([i])
-        else:
-            home.append(i)
-    return groups
-
-
-def _same_public(a: Observation, b: Observation) -> bool:
+def same_public(a: Observation, b: Observation) -> bool:
+    """Whether one generator can serve both."""
     assert a.auxiliary is not None
     assert b.auxiliary is not None
     if (a.input_range, a.num_classes) != (b.input_range, b.num_classes):
@@ -205,20 +193,11 @@ def _same_public(a: Observation, b: Observation) -> bool:
 
 def check(observation: Observation) -> None:
     """Refuse, before any work, what this attack cannot do."""
-    o, public, shape = observation, observation.auxiliary, tuple(observation.input_shape)
+    o, shape = observation, tuple(observation.input_shape)
     check_observation(o)
     fits = len(shape) == 3 and min(shape[1:]) >= LEAST_SIDE
     require(fits, "inputs", f"images [C, H, W] of at least {LEAST_SIDE}x{LEAST_SIDE}", shape)
-    if public is None:
-        raise InputError(
-            "attack generative needs public auxiliary data to train a generator on, got none: it comes from "
-            "a data set's test split, which digits, mnist, fashion-mnist, cifar10 and femnist have"
-        )
-    got = tuple(public.x.shape[1:])
-    fits = public.x.is_floating_point() and got == shape and len(public) > 0
-    require(fits, "auxiliary inputs", f"real numbers of shape {shape}", (public.x.dtype, got))
-    low, high = int(public.y.min()), int(public.y.max())
-    require(low >= 0 and high < o.num_classes, "auxiliary labels", f"in 0..{o.num_classes - 1}", (low, high))
+    check_auxiliary(o, "generative", "train a generator on")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fltoolkit.errors import require
-from fltoolkit.inversion.adaptation import Adaptation, adapt
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.consensus import Consensus
 from fltoolkit.inversion.distance import relative
@@ -80,10 +80,10 @@ class GradInversion(AdamInversion):
         return "running" if observation.auxiliary is None else "estimated"
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
-        fitted = adapt(observation, relative, self.tv) if self.adapt else Adaptation(relative)
+        fitted = adapt(observation, relative, self.tv, self.adapt)
         low, high = observation.input_range
         priors: list[tuple[float, Prior]] = [
-            (self.tv * fitted.prior / (high - low), total_variation),
+            (fitted.tv, total_variation),
             (self.l2 / (high - low), norm),
         ]
         objective = Objective(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fltoolkit.attack import Progress, silent
-from fltoolkit.inversion.adaptation import Adaptation, adapt
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.distance import cosine
 from fltoolkit.inversion.labels import infer
@@ -61,14 +61,10 @@ class Inverting(AdamInversion):
         return with_recipes(super().many, observations, rngs, progress)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
-        fitted = Adaptation(cosine)
-        if self.adapt:
-            fitted = adapt(observation, cosine, self.tv)
-        low, high = observation.input_range
-        weight = self.tv * fitted.prior / (high - low)
+        fitted = adapt(observation, cosine, self.tv, self.adapt)
         objective = Objective(
             distance=fitted.distance,
-            priors=((weight, total_variation),),
+            priors=((fitted.tv, total_variation),),
             simulate=self.simulate,
             one_by_one=one_by_one_is_faster(observation),
         )

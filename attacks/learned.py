@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fltoolkit import registry
-from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.attack import Attack, Progress, grouped, silent
 from fltoolkit.defense import DefenseStack, RoundContext
-from fltoolkit.errors import InputError, require
-from fltoolkit.inversion.checks import check_observation
-from fltoolkit.inversion.inverter import Hashing, Training, alike, read, train
+from fltoolkit.errors import require
+from fltoolkit.inversion.checks import check_auxiliary, check_observation
+from fltoolkit.inversion.inverter import Hashing, Training, one_round, read, train
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.training.engines import choose
 from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
@@ -77,7 +77,7 @@ class Learned(Attack):
         for o in observations:
             check(o)
         found: dict[int, Reconstruction] = {}
-        for group in alike(observations):
+        for group in grouped(observations, one_round):
             seed = int(torch.randint(2**62, (), generator=rngs[group[0]]))
             members = [observations[i] for i in group]
             found |= zip(group, self._invert(members, seed, progress), strict=True)
@@ -226,21 +226,13 @@ def _spec(public: Mapping[str, Any]) -> str:
 
 def check(observation: Observation) -> None:
     """Refuse, before any work, what this attack cannot do."""
-    o, public = observation, observation.auxiliary
+    o, need = observation, observation.num_examples
     check_observation(o)
-    if public is None:
-        raise InputError(
-            "attack learned needs public auxiliary data to train on, got none: it comes from a data set's "
-            "test split, which digits, mnist, fashion-mnist, cifar10 and femnist have"
-        )
-    shape, got = tuple(o.input_shape), tuple(public.x.shape[1:])
-    fits = public.x.is_floating_point() and got == shape
-    require(fits, "auxiliary inputs", f"real numbers of shape {shape}", (public.x.dtype, got))
-    need = o.num_examples
+    check_auxiliary(o, "learned", "train on")
+    assert o.auxiliary is not None
+    have = len(o.auxiliary)
     require(need >= o.clients, "num_examples", f"at least one for each of {o.clients} clients", need)
-    require(len(public) >= need, "auxiliary data", f"at least one batch of {need} examples", len(public))
-    low, high = int(public.y.min()), int(public.y.max())
-    require(low >= 0 and high < o.num_classes, "auxiliary labels", f"in 0..{o.num_classes - 1}", (low, high))
+    require(have >= need, "auxiliary data", f"at least one batch of {need} examples", have)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam
-from fltoolkit.inversion.adaptation import Adaptation, adapt
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.distance import cosine
 from fltoolkit.inversion.labels import infer
@@ -65,11 +65,11 @@ class SME(AdamInversion):
         return infer(self.labels, observation)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
-        fitted = adapt(observation, cosine, self.tv) if self.adapt else Adaptation(cosine)
-        low, high = observation.input_range
-        weight = self.tv * fitted.prior / (high - low)
+        fitted = adapt(observation, cosine, self.tv, self.adapt)
         one_by_one = one_by_one_is_faster(observation)
-        return Objective(fitted.distance, ((weight, total_variation),), one_by_one=one_by_one), fitted.about
+        return Objective(
+            fitted.distance, ((fitted.tv, total_variation),), one_by_one=one_by_one
+        ), fitted.about
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
         z = super().start(problem, rng, bounds)

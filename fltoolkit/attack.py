@@ -44,3 +44,18 @@ class Attack:
             progress(i, len(observations), "victims done")
             found.append(self(observation, rng))
         return found
+
+
+def grouped(
+    observations: Sequence[Observation], together: Callable[[Observation, Observation], bool]
+) -> list[list[int]]:
+    """Positions of the observations that share a piece of work, group by group; `together(a, b)` says whether
+    two do."""
+    groups: list[list[int]] = []
+    for i, o in enumerate(observations):
+        home = next((g for g in groups if together(observations[g[0]], o)), None)
+        if home is None:
+            groups.append([i])
+        else:
+            home.append(i)
+    return groups

@@ -188,11 +188,21 @@ class Observation:
     round: int = 0
 
     @property
+    def per_client(self) -> int:
+        """Examples of one client, where all have as many."""
+        return max(1, self.num_examples // self.clients)
+
+    @property
+    def local_steps(self) -> int:
+        """u, the local steps of one client; 1 where local training is unknown."""
+        return 1 if self.local is None else self.local.steps(self.per_client)
+
+    @property
     def step_size(self) -> float:
         """η · u, what a client's gradients were multiplied by in all; 1 where local training is unknown."""
         if self.local is None:
             return 1.0
-        return self.local.lr * self.local.steps(max(1, self.num_examples // self.clients))
+        return self.local.lr * self.local_steps
 
     @property
     def gradient(self) -> Tensor:

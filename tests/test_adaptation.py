@@ -26,7 +26,9 @@ def seen(*defenses, model=None, **changes):
 
 def test_without_defenses_nothing_changes():
     fitted = adapt(seen(), cosine, 0.1)
-    assert (fitted.distance, fitted.prior, fitted.about) == (cosine, 1.0, "")
+    assert (fitted.distance, fitted.tv, fitted.strength, fitted.about) == (cosine, 0.1, 1.0, "")
+    wide = adapt(seen(CLIP, NOISE, input_range=(-1.0, 1.0)), cosine, 0.1, known=False)
+    assert (wide.distance, wide.tv, wide.about) == (cosine, 0.05, "")
 
 
 def test_unknown_defenses_change_nothing():
@@ -69,9 +71,14 @@ def test_each_defense_has_its_distance():
     assert adapt(seen(CLIP), cosine, 0.1).distance is cosine
     noisy = adapt(seen(CLIP, NOISE), cosine, 0.1)
     assert noisy.distance == Times(scaled, 0.5)
-    assert 0.1 * noisy.prior == pytest.approx(4 * 25 / 0.05)
+    assert noisy.tv == pytest.approx(4 * 25 / 0.05)
     assert adapt(seen(TOPK), cosine, 0.1).distance == Masked(cosine)
     assert adapt(seen(CLIP, TOPK, NOISE), cosine, 0.1).distance == Times(Masked(scaled), 0.5)
+    assert noisy.strength == pytest.approx(noisy.tv / 0.1)
+    without = adapt(seen(CLIP, NOISE), cosine, 0.0)
+    assert (without.tv, without.strength) == (noisy.tv, 1.0)
+    stretched = adapt(seen(CLIP, NOISE, input_range=(0.0, 2.0)), cosine, 0.1)
+    assert stretched.tv == pytest.approx(noisy.tv / 2)
     assert isinstance(adapt(seen({"name": "sign"}), cosine, 0.1).distance, Signs)
     assert "4 inputs of 2 clients" in adapt(seen(clients=2), cosine, 0.1).about
 
@@ -122,6 +129,8 @@ def test_a_clip_that_acted_takes_the_scale_away(distance, blind):
     assert adapt(clipped, distance, 0.1).distance == blind
     untouched = adapt(replace(clipped, defenses=(CLIP,)), distance, 0.1)
     assert (untouched.distance, untouched.about) == (distance, "the clip did not act")
+    thinned = adapt(replace(clipped, defenses=(CLIP, TOPK)), distance, 0.1)
+    assert thinned.distance == Masked(blind), "shorter, and clipped"
     of_many = adapt(replace(clipped, defenses=(CLIP,), clients=2), distance, 0.1)
     assert of_many.distance == blind
 
@@ -131,5 +140,5 @@ def test_public_images_say_how_much_neighbours_differ():
     down, right = rough.x.diff(dim=2).abs().mean(), rough.x.diff(dim=3).abs().mean()
     expected = float(down + right) / 2
     known = adapt(seen(CLIP, NOISE, auxiliary=rough), cosine, 0.1)
-    assert 0.1 * known.prior == pytest.approx(4 * 25 / expected, rel=1e-5)
+    assert known.tv == pytest.approx(4 * 25 / expected, rel=1e-5)
     assert expected > 0.2

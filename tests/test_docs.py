@@ -43,9 +43,12 @@ def test_added_attack_runs_and_is_exact(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("block", blocks("README.md"))
-def test_readme_python_runs(block, tmp_path, monkeypatch):
+def test_readme_python_does_what_its_comment_says(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     execute(block, tmp_path)
+    label, apart = re.fullmatch(r"tensor\(\[(\d)\]\) tensor\((.+?)\)\s*", capsys.readouterr().out).groups()
+    assert label == "7"
+    assert float(apart) < 0.05
 
 
 def test_readme_names_everything_there_is():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import observe, tiny_examples, tiny_model
 
-from attacks.generative import Generative, is_likelihood, sharing
+from attacks.generative import Generative, is_likelihood, same_public
 from fltoolkit import models
+from fltoolkit.attack import grouped
 from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import load
 from fltoolkit.errors import InputError
@@ -147,7 +148,7 @@ def test_one_generator_serves_all_who_share_public_data(monkeypatch):
     monkeypatch.setattr(engine, "train", lambda *a: calls.append(a) or train(*a))
     a, b = lesson(), lesson(auxiliary=tiny_examples(24, 8))
     same = dataclasses.replace(a, update=a.update / 2, auxiliary=tiny_examples(24, 7))
-    assert sharing([a, b, same]) == [[0, 2], [1]]
+    assert grouped([a, b, same], same_public) == [[0, 2], [1]]
     found = Generative(**QUICK).many([a, b, same], [seeded(i) for i in range(3)])
     assert len(calls) == 2
     torch.testing.assert_close(found[0].x, Generative(**QUICK)(a, seeded()).x, rtol=1e-3, atol=1e-3)

@@ -15,7 +15,7 @@ from fltoolkit.data import load
 from fltoolkit.errors import InputError
 from fltoolkit.inversion.labels import DEFAULT, STRATEGIES, infer, logit_gradient
 from fltoolkit.inversion.labels.counts import likeliest_scale, lower_bounds, noise_covariance
-from fltoolkit.inversion.labels.layer import last_layer, local_steps, momentum_factor, path, scale_is_known
+from fltoolkit.inversion.labels.layer import last_layer, momentum_factor, path, scale_is_known
 from fltoolkit.inversion.labels.own import own_data
 from fltoolkit.inversion.labels.rounding import labels_of, largest_step, nearest_on_simplex, whole
 from fltoolkit.loss import cross_entropy
@@ -261,7 +261,7 @@ def test_noise_of_a_batch_is_as_measured(digits):
 def test_local_steps_are_those_of_one_client(digits):
     local = LocalSpec(epochs=3, batch=2)
     several = replace(observe(tiny_model(), tiny_examples(12), local=local), clients=3)
-    assert local_steps(several) == 6
+    assert several.local_steps == 6
     assert path(several) == [t / 6 for t in range(6)]
     assert path(replace(several, local=None)) == [0.0]
     assert path(replace(several, defenses=({"name": "gaussian"},))) == [0.0]

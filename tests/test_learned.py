@@ -11,10 +11,11 @@ from conftest import observe, tiny_examples, tiny_model
 
 from attacks.learned import Learned, Simulation, simulated
 from fltoolkit import models
+from fltoolkit.attack import grouped
 from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import load
 from fltoolkit.errors import InputError
-from fltoolkit.inversion.inverter import Hashing, Inverter, alike, matched_loss, matching, read
+from fltoolkit.inversion.inverter import Hashing, Inverter, matched_loss, matching, one_round, read
 from fltoolkit.registry import make_stack
 from fltoolkit.scoring import score, truth_of
 from fltoolkit.types import Examples, Layout, LocalSpec
@@ -195,7 +196,7 @@ def test_every_simulated_round_has_its_own_noise():
 def test_one_inverter_serves_a_round_and_only_it():
     a, other = lesson(), tiny_model(seed=5)
     same = dataclasses.replace(a, update=2 * a.update)
-    assert alike([a, lesson(other), same, lesson(protection=NOISE)]) == [[0, 2], [1], [3]]
+    assert grouped([a, lesson(other), same, lesson(protection=NOISE)], one_round) == [[0, 2], [1], [3]]
     attack = Learned(steps=5, hidden=8)
     found = attack.many([a, lesson(other), same], [seeded(i) for i in range(3)])
     assert torch.equal(found[0].x, attack(a, seeded()).x)

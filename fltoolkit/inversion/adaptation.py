@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, prod, sqrt
 from typing import Any
 
+import torch
+
 from fltoolkit.inversion.distance import SCALE_FREE, Distance, Masked, Signs, Times, cosine, scaled
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.types import Observation
@@ -20,17 +22,18 @@ TYPICAL_VARIATION = 0.05
 """Mean absolute difference of neighbouring pixels in natural images at 32x32, in units of the range: the
 scale of a Laplace prior on such differences, where no public images say better."""
 
-UNTOUCHED = 1e-3
-"""An update is this part shorter than the clip's norm at least, where the clip did nothing to it."""
+KEEP_LENGTH = {"clip", "secagg", "gaussian"}
+"""Defenses that do not change the length of an update, a clip where it does not act."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """distance: what to match with. prior: factor on the prior's weight, in which 1 leaves it alone. words:
-    what was done, one entry a defense."""
+    """distance: what to match with. tv: weight of total variation beside it. strength: what other weights
+    beside the distance grow by. words: what was done, one entry a defense."""
 
     distance: Distance
-    prior: float = 1.0
+    tv: float
+    strength: float = 1.0
     words: tuple[str, ...] = ()
 
     @property
@@ -41,13 +44,16 @@ class Adaptation:
 Rule = Callable[[Adaptation, Mapping[str, Any], Observation], Adaptation]
 
 
-def adapt(observation: Observation, distance: Distance, prior_weight: float) -> Adaptation:
-    """Fit `distance` to every defense that is known here, in their order.
+def adapt(observation: Observation, distance: Distance, tv: float, known: bool = True) -> Adaptation:
+    """Fit `distance` to every defense that is known here, in their order; known=False leaves it alone.
 
-    prior_weight: that of total variation beside `distance`; under noise both are replaced by a negative
-    log-likelihood and a Laplace prior on pixel differences, whose ratio is not free.
+    tv: weight of total variation beside `distance`, for inputs in [0, 1]; under noise both are replaced by a
+    negative log-likelihood and a Laplace prior on pixel differences, whose ratio is not free.
     """
-    found = Adaptation(distance)
+    low, high = observation.input_range
+    found = Adaptation(distance, tv / (high - low))
+    if not known:
+        return found
     for defense in observation.defenses:
         rule = RULES.get(str(defense["name"]))
         if rule is not None:
@@ -55,9 +61,20 @@ def adapt(observation: Observation, distance: Distance, prior_weight: float) -> 
     if observation.clients > 1:
         words = f"all {observation.num_examples} inputs of {observation.clients} clients searched together"
         found = replace(found, words=(*found.words, words))
-    if found.prior != 1.0:
-        found = replace(found, prior=found.prior / max(prior_weight, 1e-30))
     return found
+
+
+def keeps_length(observation: Observation) -> bool:
+    """Whether no defense changed the length of the update.
+
+    A clip changes nothing where one client's update came out shorter than the norm. Where several are mixed,
+    each may have been clipped. Noise alone leaves the length right on average.
+    """
+    o = observation
+    norms = [float(d["norm"]) for d in o.defenses if d["name"] == "clip"]
+    length = float(torch.linalg.vector_norm(o.update.double()))
+    untouched = not norms or (o.clients == 1 and length < min(norms) * (1 - 1e-4))
+    return untouched and {str(d["name"]) for d in o.defenses} <= KEEP_LENGTH
 
 
 def noise_std(observation: Observation) -> float:
@@ -85,7 +102,7 @@ def _variation(observation: Observation) -> float:
 
 
 def _clip(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
-    if o.clients == 1 and float(o.update.norm()) < float(defense["norm"]) * (1 - UNTOUCHED):
+    if keeps_length(o):
         return replace(a, words=(*a.words, "the clip did not act"))
     return replace(a, distance=_blind(a.distance), words=(*a.words, "distance blind to scale, for the clip"))
 
@@ -106,11 +123,12 @@ def _gaussian(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adap
         return a
     masked = isinstance(a.distance, Masked) or isinstance(getattr(a.distance, "inner", None), Masked)
     inner = Masked(scaled) if masked else scaled
-    pixels = o.num_examples * prod(o.input_shape)
+    tv = o.num_examples * prod(o.input_shape) / _variation(o)
     return replace(
         a,
         distance=Times(inner, 1 / (2 * std * std)),
-        prior=pixels / _variation(o),
+        tv=tv,
+        strength=a.strength * tv / a.tv if a.tv else a.strength,
         words=(*a.words, f"likelihood of Gaussian noise, std {std:.3g} a coordinate"),
     )
 

@@ -114,10 +114,8 @@ class LBFGSInversion(GradientInversion):
         require(self.start_std > 0, "start_std", "> 0", self.start_std)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
-        if not self.adapt:
-            return Objective(), ""
-        fitted = adapt(observation, squared, 1.0)
-        priors = ((fitted.prior, total_variation),) if fitted.prior != 1.0 else ()
+        fitted = adapt(observation, squared, 0.0, self.adapt)
+        priors = ((fitted.tv, total_variation),) if fitted.tv else ()
         return Objective(fitted.distance, priors), fitted.about
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:

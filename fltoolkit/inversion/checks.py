@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fltoolkit.errors import InputError
+from fltoolkit.errors import InputError, require
 from fltoolkit.inversion.client import one_step
 from fltoolkit.types import Observation
 
@@ -27,6 +27,21 @@ def check_observation(observation: Observation) -> None:
             raise InputError(
                 f"labels must be {o.num_examples} integers in 0..{o.num_classes - 1}, got {o.labels.tolist()}"
             )
+
+
+def check_auxiliary(observation: Observation, attack: str, purpose: str) -> None:
+    """Refuse to learn from public data that are not there, or not of the kind of what is attacked."""
+    o, public, shape = observation, observation.auxiliary, tuple(observation.input_shape)
+    if public is None:
+        raise InputError(
+            f"attack {attack} needs public auxiliary data to {purpose}, got none: it comes from a data set's "
+            "test split, which digits, mnist, fashion-mnist, cifar10 and femnist have"
+        )
+    got = tuple(public.x.shape[1:])
+    fits = public.x.is_floating_point() and got == shape and len(public) > 0
+    require(fits, "auxiliary inputs", f"real numbers of shape {shape}", (public.x.dtype, got))
+    low, high = int(public.y.min()), int(public.y.max())
+    require(low >= 0 and high < o.num_classes, "auxiliary labels", f"in 0..{o.num_classes - 1}", (low, high))
 
 
 def check_searchable(observation: Observation) -> None:

@@ -34,8 +34,7 @@ def sets(observation: Observation) -> int:
     local = observation.local
     if local is None:
         return 1
-    count = max(1, observation.num_examples // observation.clients)
-    return local.epochs if local.batch is not None and local.batch < count else 1
+    return local.epochs if local.batch is not None and local.batch < observation.per_client else 1
 
 
 class EpochMatching(GradientMatching):

@@ -11,15 +11,16 @@ d the number of values of an input. The network also predicts labels, by cross-e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import prod, sqrt
+from math import prod
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fltoolkit.inversion.generator import drawn
 from fltoolkit.rng import torch_stream
 from fltoolkit.types import Observation
 
@@ -103,25 +104,19 @@ class Inverter(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", 1 / std.clamp_min(FLOOR * typical))
         self.trunk = nn.Sequential(
-            _linear(features.shape[1], hidden, rng), nn.ReLU(), _linear(hidden, hidden, rng), nn.ReLU()
+            drawn(nn.Linear, rng, features.shape[1], hidden),
+            nn.ReLU(),
+            drawn(nn.Linear, rng, hidden, hidden),
+            nn.ReLU(),
         )
-        self.inputs = _linear(hidden, batch * values, rng)
-        self.labels = _linear(hidden, batch * classes, rng)
+        self.inputs = drawn(nn.Linear, rng, hidden, batch * values)
+        self.labels = drawn(nn.Linear, rng, hidden, batch * classes)
         self.to(features.device)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         inner = self.trunk((features - self.mean) * self.scale)
         x, y = self.inputs(inner).sigmoid(), self.labels(inner)
         return x.unflatten(1, (self.batch, -1)), y.unflatten(1, (self.batch, -1))
-
-
-def _linear(inputs: int, outputs: int, rng: torch.Generator) -> nn.Linear:
-    """PyTorch's default start, drawn from `rng`."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.uniform_(-1 / sqrt(inputs), 1 / sqrt(inputs), generator=rng)
-    return layer
 
 
 @dataclass(frozen=True)
@@ -176,19 +171,8 @@ def read(inverter: Inverter, features: Tensor, labels: Tensor | None) -> tuple[T
     ]
 
 
-def alike(observations: Sequence[Observation]) -> list[list[int]]:
-    """Positions of the observations that one network can serve, group by group."""
-    groups: list[list[int]] = []
-    for i, o in enumerate(observations):
-        home = next((g for g in groups if _one_round(observations[g[0]], o)), None)
-        if home is None:
-            groups.append([i])
-        else:
-            home.append(i)
-    return groups
-
-
-def _one_round(a: Observation, b: Observation) -> bool:
+def one_round(a: Observation, b: Observation) -> bool:
+    """Whether one network can serve both: they differ in nothing but the update and known labels."""
     tensors = {"model", "params", "update", "labels", "auxiliary"}
     plain = [f.name for f in fields(Observation) if f.name not in tensors]
     if any(getattr(a, name) != getattr(b, name) for name in plain):

@@ -40,7 +40,6 @@ class Objective:
     priors: tuple[tuple[float, Prior], ...] = ()
     simulate: bool = False
     one_by_one: bool = False
-    precision: torch.dtype = torch.float32
 
 
 def one_by_one_is_faster(observation: Observation) -> bool:
@@ -88,7 +87,7 @@ class GradientMatching:
         one_by_one = self.objective.one_by_one
         update = (eager_step if one_by_one else one_step)(o.model, o.loss)
         if self.objective.simulate and o.local is not None:
-            self.steps = o.local.steps(max(1, o.num_examples // o.clients))
+            self.steps = o.local_steps
             if self.steps > 1 or o.local.weight_decay:
                 update = self._several(update, o.local, o.clients)
         return update if one_by_one else cast(Update, vmap(update))
@@ -145,8 +144,7 @@ class GradientMatching:
         z = z.detach().requires_grad_()
         x, y = self.decode(z, rows)
         owner = self.owner[rows]
-        with torch.autocast(z.device.type, self.objective.precision, self._mixed):
-            found = self._updates(z, params, owner, x, y)
+        found = self._updates(z, params, owner, x, y)
         # ∂d/∂z = (∂g/∂z)ᵀ ∂d/∂g: the distance gives its own derivative, no graph through it.
         g = self._flat(found, target)
         loss = self.objective.distance(g, target)
@@ -158,10 +156,6 @@ class GradientMatching:
             cotangents.append(torch.ones_like(penalty))
         (gradient,) = torch.autograd.grad(outputs, z, cotangents)
         return loss, gradient
-
-    @property
-    def _mixed(self) -> bool:
-        return self.objective.precision != torch.float32
 
     def _updates(self, z: Tensor, params: Tensor, owner: Tensor, x: Tensor, y: Tensor) -> State:
         """What would be sent for guesses z, whose data are x and y, from params `[S, D]`."""

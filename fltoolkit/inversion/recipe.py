@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fltoolkit.attack import Progress
+from fltoolkit.attack import Progress, grouped
 from fltoolkit.errors import require
 from fltoolkit.inversion.checks import check_observation, check_searchable, stackable
 from fltoolkit.inversion.client import State, Update, descent, eager_step, one_step
@@ -98,7 +98,7 @@ class RecipeMatching(GradientMatching):
         return z
 
     def _client(self, o: Observation) -> Update:
-        self.steps = self.local.steps(max(1, o.num_examples // o.clients))
+        self.steps = self.local.steps(o.per_client)
         alone = self.objective.one_by_one
         gradient = (eager_step if alone else one_step)(o.model, o.loss)
         run = descent(gradient, self.local, o.clients, self.local.epochs)
@@ -138,7 +138,7 @@ class Trial:
 
 def plausible(observation: Observation) -> list[LocalSpec]:
     """The pairs (E, B) to try, by number of steps; their η says nothing."""
-    count = max(1, observation.num_examples // observation.clients)
+    count = observation.per_client
     found = [LocalSpec(e, b) for b in BATCHES for e in EPOCHS if b is None or b < count]
     return sorted((c for c in found if c.steps(count) <= MOST_STEPS), key=lambda c: c.steps(count))
 
@@ -146,7 +146,7 @@ def plausible(observation: Observation) -> list[LocalSpec]:
 def shuffles(observation: Observation, local: LocalSpec, restarts: int, rng: torch.Generator) -> Tensor:
     """Orders `[restarts, E N]` in which clients may meet their examples, different as far as they can be; the
     order within a batch counts for nothing."""
-    count = observation.num_examples // observation.clients
+    count = observation.per_client
     found = dict[tuple[int, ...], Tensor]()
     for _ in range(20 * restarts):
         order = torch.cat([_epoch(observation.clients, count, local, rng) for _ in range(local.epochs)])
@@ -197,7 +197,7 @@ def estimate(
 ) -> LocalSpec:
     """E, B and η as far as the update tells; see the module for how far that is. Options as `candidates`."""
     tried = candidates(observation, rng, restarts, steps)
-    count = max(1, observation.num_examples // observation.clients)
+    count = observation.per_client
     good = [c.local for c in tried if c.loss <= AS_GOOD * tried[0].loss]
     return min(good, key=lambda local: local.steps(count))
 
@@ -211,11 +211,8 @@ def with_recipes(
     """Run an attack once unknown recipes are estimated, on the observations of one recipe together."""
     pairs = zip(observations, rngs, strict=True)
     known = [o if o.local is not None else replace(o, local=estimate(o, rng)) for o, rng in pairs]
-    groups: dict[LocalSpec | None, list[int]] = {}
-    for i, o in enumerate(known):
-        groups.setdefault(o.local, []).append(i)
     found: dict[int, Reconstruction] = {}
-    for at in groups.values():
+    for at in grouped(known, lambda a, b: a.local == b.local):
         found |= zip(at, run([known[i] for i in at], [rngs[i] for i in at], progress), strict=True)
     for i, o in enumerate(observations):
         local = known[i].local

@@ -30,7 +30,6 @@ from fltoolkit.inversion.labels.layer import (
     LastLayer,
     defense_names,
     last_layer,
-    local_steps,
     momentum_factor,
     scale_is_known,
 )
@@ -104,7 +103,7 @@ def defense_noise(observation: Observation, layer: LastLayer) -> float:
     """σ, the standard deviation of Gaussian noise on an entry of the logit gradient."""
     std = noise_std(observation)
     if observation.local is not None:
-        std /= momentum_factor(observation.local, local_steps(observation))
+        std /= momentum_factor(observation.local, observation.local_steps)
     return std if layer.bias_gradient is not None else std * sqrt(layer.weight.shape[1])
 
 

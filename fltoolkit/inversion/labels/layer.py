@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from fltoolkit.errors import InputError, require
+from fltoolkit.inversion.adaptation import keeps_length
 from fltoolkit.types import LocalSpec, Observation
-
-KEEP_SCALE = {"clip", "secagg", "gaussian"}
-"""Defenses that do not change the length of an update, a clip where it does not bite."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _mean_gradient(observation: Observation) -> Tensor:
     local = observation.local
     if local is None or not scale_is_known(observation):
         return gradient
-    u = local_steps(observation)
+    u = observation.local_steps
     gradient = gradient / momentum_factor(local, u)
     middle = observation.params.double() + (u - 1) / (2 * u) * observation.update.double()
     return gradient - local.weight_decay * middle
@@ -105,28 +103,13 @@ def momentum_factor(local: LocalSpec, steps: int) -> float:
     return sum((1 - mu**j) / (1 - mu) for j in range(1, steps + 1)) / steps if 0 < mu < 1 else 1.0
 
 
-def local_steps(observation: Observation) -> int:
-    """u, the local steps of one client; 1 where unknown."""
-    if observation.local is None:
-        return 1
-    return observation.local.steps(max(1, observation.num_examples // observation.clients))
-
-
 def defense_names(observation: Observation) -> set[str]:
     return {str(d["name"]) for d in observation.defenses}
 
 
 def scale_is_known(observation: Observation) -> bool:
-    """Whether the update has its natural length: the recipe is known and no defense changed it.
-
-    A clip changes nothing where one client's update came out shorter than the norm. Where several are mixed,
-    each may have been clipped. Noise alone leaves the length right on average.
-    """
-    if observation.local is None or not defense_names(observation) <= KEEP_SCALE:
-        return False
-    norms = [float(d["norm"]) for d in observation.defenses if d["name"] == "clip"]
-    length = float(torch.linalg.vector_norm(observation.update.double()))
-    return not norms or (observation.clients == 1 and length < min(norms) * (1 - 1e-4))
+    """Whether the update has its natural length: the recipe is known and no defense changed it."""
+    return observation.local is not None and keeps_length(observation)
 
 
 def path(observation: Observation, most: int = 8) -> list[float]:
@@ -134,7 +117,7 @@ def path(observation: Observation, most: int = 8) -> list[float]:
     broadcast + update: t / u for step t of u, at most `most` of them. Steps of equal length on a straight
     line are an approximation; of several clients, only the mean of their paths is seen. Under noise the line
     leads nowhere, so only its start is used."""
-    u = local_steps(observation)
+    u = observation.local_steps
     if "gaussian" in defense_names(observation):
         return [0.0]
     if u <= most:
