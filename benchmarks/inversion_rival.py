@@ -5,7 +5,8 @@
 
 It needs an environment with breaching; see benchmarks/rivals/inversion_breaching.py. Both get the same
 untrained weights with BatchNorm frozen, the same update and the true labels, in the order of the client's
-steps where there are several; both may use the same number of iterations. breaching searches images that are
+steps where there are several; both may use the same number of iterations. Ours is `inverting` with a larger
+step that falls along a cosine (ATTACK), breaching's the paper's settings. breaching searches images that are
 normalised by the data's mean and deviation, as it is used to. A third run, "equal time", is ours with as many
 iterations as fit into the time that breaching took. Victim by victim the two take turns at going first.
 "fedavg" is one epoch of four steps on four images at rate 0.01. Kept victims under runs/ let a stopped run go
@@ -42,6 +43,7 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
 RESULT = Path(__file__).parent / "results" / "inversion_rival.json"
 KEPT = Path("runs") / "inversion-rival"
+ATTACK = "inverting:lr=1,decay=cosine"
 SIDES = ("ours", "breaching", "ours, equal time")
 STEP, FEDAVG = LocalSpec(1, None, 0.01), LocalSpec(1, 1, 0.01)
 
@@ -87,7 +89,7 @@ def told(stage: Stage, victim: int) -> tuple[Observation, Examples]:
 
 
 def ours(seen: Observation, iterations: int, seed: int, victim: int) -> Reconstruction:
-    attack = registry.make_attack("inverting", steps=iterations)
+    attack = registry.make_attack(ATTACK, steps=iterations)
     begun = time.perf_counter()
     found = attack(seen, torch_stream(seed, "victim", victim, "attack", attack.name))
     return replace(found, seconds=time.perf_counter() - begun)
@@ -184,6 +186,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": case.model,
         "batch": case.batch,
+        "attack": ATTACK,
         "local": asdict(case.local),
         "data": data.name,
         "note": data.note,

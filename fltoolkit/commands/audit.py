@@ -31,6 +31,10 @@ class AuditOptions:
     )
     steps: int | None = flag(None, "most iterations of a restart", "N", int)
     option: tuple[str, ...] = flag((), "another option of the attack, repeatable", "key=value")
+    compile: bool = flag(False, "compile the search's step: faster on small networks, costs some seconds")
+    precision: str | None = flag(
+        None, "arithmetic of the network in a search: float32 or bf16 (default: float32)", "NAME"
+    )
     local_epochs: int = flag(1, "local epochs E", "E")
     local_batch: int | None = flag(
         None, "local batch size B, or inf for all of a client's data (default: inf)", "B", count_or_infinity
@@ -44,21 +48,27 @@ class AuditOptions:
     out: str | None = flag(
         None, "folder for report.json and reconstruction.png (default: runs/ATTACK-TIME)", "DIR"
     )
+    resume: bool = flag(False, "go on from the search that a killed run with the same flags left in --out")
     json: bool = flag(False, "print the report as one JSON object on stdout and nothing else there")
 
 
 def run_audit(attack: str, o: AuditOptions) -> int:
     """Run the audit, write its files, print its table. InputError where the flags are impossible."""
     from fltoolkit import audit, registry
+    from fltoolkit.errors import require
+    from fltoolkit.inversion.keep import forget, keeping
     from fltoolkit.report import terminal
     from fltoolkit.report.figures import reconstruction_figure
     from fltoolkit.report.files import output_folder, write_json
     from fltoolkit.specs import parse
     from fltoolkit.types import LocalSpec
 
+    require(o.out is not None or not o.resume, "out", "the folder of the run to resume", o.out)
     spec = attack if not o.option else f"{attack}{',' if ':' in attack else ':'}{','.join(o.option)}"
     scene = audit.Scene(
-        attack=registry.make_attack(spec, steps=o.steps, restarts=o.restarts),
+        attack=registry.make_attack(
+            spec, steps=o.steps, restarts=o.restarts, compile=o.compile or None, precision=o.precision
+        ),
         data=o.data,
         model=o.model,
         batch=o.batch,
@@ -77,12 +87,17 @@ def run_audit(attack: str, o: AuditOptions) -> int:
     name = parse(attack)[0]
     folder = output_folder(o.out, name)
     bar = terminal.Bar(name)
-    result = audit.run(scene, bar)
+    search = folder / "search"
+    if not o.resume:
+        forget(search)
+    with keeping(search):
+        result = audit.run(scene, bar)
     bar.close()
     write_json(folder / "report.json", result.report)
     low, high = result.input_range
     title = f"{name} on {o.data}, {o.model}, batch {o.batch}, {_defended(o.defense)}, {o.threat} view"
     reconstruction_figure(folder / "reconstruction.png", result.victims, title, high - low)
+    forget(search)
     print(_summary(result.report, folder), file=sys.stderr if o.json else sys.stdout)
     if o.json:
         print(json.dumps(result.report, allow_nan=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from fltoolkit.inversion.lbfgs import Objective
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 DECAYS = ("step", "cosine", "none")
+ROWS = ("rows", "z", "loss", "gradient", "mean", "square", "stalled", "clock")
+"""What a row has of its own."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,17 @@ class Adam:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the rows at `index` only."""
-        for name in ("rows", "z", "loss", "gradient", "mean", "square", "stalled", "clock"):
+        for name in ROWS:
             setattr(self, name, getattr(self, name)[index])
+
+    def state(self) -> dict[str, Any]:
+        """All that `step`, `hasten` and `keep` change, not copied."""
+        return {name: getattr(self, name) for name in (*ROWS, "taken", "evaluations")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, whatever has been kept since."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def _evaluate(self) -> None:
         self.loss, self.gradient = self.objective(self.z, self.rows)

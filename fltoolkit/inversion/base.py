@@ -18,9 +18,10 @@ from fltoolkit.inversion.diagnosis import diagnose
 from fltoolkit.inversion.distance import squared
 from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.lbfgs import Objective as Energy
-from fltoolkit.inversion.matching import GradientMatching, Objective
+from fltoolkit.inversion.matching import PRECISIONS, GradientMatching, Objective
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.inversion.search import Bounds, Optimiser, search
+from fltoolkit.inversion.spectrum import Spectrum
 from fltoolkit.types import Observation, Reconstruction
 
 
@@ -30,18 +31,25 @@ class GradientInversion(Attack):
     by what optimiser.
 
     steps: most iterations of a restart. restarts: random starts a victim, ranked by the objective. tolerance:
-    stop at tolerance times the distance of an update of zero.
+    stop at tolerance times the distance of an update of zero. patience: iterations without a gain of 2 %
+    after which a restart stops or goes on to the next stage of its schedule; 0 never. compile, precision: how
+    the objective is evaluated (`Objective`).
     """
 
     matching: ClassVar[type[GradientMatching]] = GradientMatching
     steps: int = 3000
     restarts: int = 4
     tolerance: float = 1e-8
+    patience: int = 200
+    compile: bool = False
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", ">= 1", self.steps)
         require(self.restarts >= 1, "restarts", ">= 1", self.restarts)
         require(self.tolerance >= 0, "tolerance", ">= 0", self.tolerance)
+        require(self.patience >= 0, "patience", ">= 0", self.patience)
+        require(self.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", self.precision)
 
     def infer_labels(self, observation: Observation) -> Tensor | None:
         """Labels `[N]` to hold fixed during the search, or None to search them too."""
@@ -61,6 +69,7 @@ class GradientInversion(Attack):
         objective, _ = self.objective(observations[0])
         if not objective.one_by_one and not stackable(observations[0]):
             objective = replace(objective, one_by_one=True)
+        objective = replace(objective, compile=self.compile, precision=self.precision)
         return self.matching(observations, owner, labels, objective)
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
@@ -101,16 +110,20 @@ class LBFGSInversion(GradientInversion):
     """Descent by L-BFGS from normal noise.
 
     history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
-    units of that range. adapt: take the defenses into account, which the papers' attacks do not.
+    units of that range. adapt: take the defenses into account, which the papers' attacks do not. spectrum: p
+    of a `Spectrum` that scales the search's directions like those of natural images; 0 is the papers' plain
+    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs.
     """
 
     history: int = 100
     start_std: float = 0.3
     adapt: bool = False
+    spectrum: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.history >= 1, "history", ">= 1", self.history)
+        require(0 <= self.spectrum <= 2, "spectrum", "in 0..2", self.spectrum)
         require(self.start_std > 0, "start_std", "> 0", self.start_std)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
@@ -122,7 +135,8 @@ class LBFGSInversion(GradientInversion):
         return noise(problem, rng, bounds, self.restarts, self.start_std)
 
     def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser:
-        return LBFGS(problem, z, self.history)
+        metric = Spectrum(problem.shape, problem.inputs, self.spectrum) if self.spectrum else None
+        return LBFGS(problem, z, self.history, metric)
 
     def floats_per_row(self, variables: int) -> int:
         return 2 * self.history * variables

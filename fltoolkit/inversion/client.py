@@ -41,6 +41,17 @@ def eager_step(model: nn.Module, loss: Loss) -> Update:
     return gradient
 
 
+def in_bf16(gradient: Update) -> Update:
+    """The same with matrix products and convolutions in bfloat16, forwards and backwards: about three digits,
+    at the range of float32."""
+
+    def reduced(params: State, buffers: State, x: Tensor, y: Tensor) -> State:
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return gradient(params, buffers, x, y)
+
+    return reduced
+
+
 def local_steps(gradient: Update, local: LocalSpec, clients: int, sets: int = 1) -> Update:
     """−Δ / (η u) of `clients` that hold equal, consecutive parts of the guess and each take their u local
     steps; batches are consecutive too, and the same in every epoch. With sets = E, the guess holds a data set

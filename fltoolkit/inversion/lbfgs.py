@@ -4,17 +4,19 @@ The inverse-Hessian product uses the compact representation of Byrd, Nocedal and
 (doi:10.1007/BF01582063, eq. 3.13): with S, Y the last m steps and gradient differences as rows, R the
 upper triangle of S Yᵀ, D its diagonal and γ = sᵀy / yᵀy of the newest pair,
 
-    H g = γ g + Sᵀ q − γ Yᵀ p,    p = R⁻¹ S g,    q = R⁻ᵀ (D p + γ Y Yᵀ p − γ Y g).
+    H g = γ M g + Sᵀ q − γ M Yᵀ p,    p = R⁻¹ S g,    q = R⁻ᵀ (D p + γ Y M Yᵀ p − γ Y M g),
 
-So a step costs four batched matrix products and two m × m triangular solves instead of 2m sequential
-updates. Histories are float32, the small m × m algebra float64. The line search backtracks by quadratic
-interpolation until Armijo's condition holds (Nocedal and Wright 2006, section 3.5), for every row of
-the stack in the same calls; only rows still searching are evaluated again.
+where γ M is the first guess of the inverse Hessian: M the identity, or a metric that the caller knows better,
+and then γ = sᵀy / yᵀMy. So a step costs four batched matrix products and two m × m triangular solves instead
+of 2m sequential updates. Histories are float32, the small m × m algebra float64. The line search backtracks
+by quadratic interpolation until Armijo's condition holds (Nocedal and Wright 2006, section 3.5), for every
+row of the stack in the same calls; only rows still searching are evaluated again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,14 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """`f(z [S, n], rows [S]) -> (loss [S], gradient [S, n])`; `rows` says which problem each line of z is."""
 
+Metric = Callable[[Tensor], Tensor]
+
 ARMIJO = 1e-4
 MAX_BACKTRACKS = 10
+
+ROWS = ("rows", "z", "loss", "gradient", "stalled", "_fresh", "_gamma", "_sg", "_yg")
+HISTORIES = ("_s", "_y", "_sy", "_yy", "_diagonal")
+"""What a row has of its own; histories must be contiguous."""
 
 
 class LBFGS:
@@ -31,11 +39,15 @@ class LBFGS:
 
     After each `step()`: z, loss `[S]`, and stalled `[S]`, true where even steepest descent found no
     decrease. `keep(index)` drops all other rows. The loss of a row never increases; a row that starts at
-    a loss that is not finite has loss inf and stalls.
+    a loss that is not finite has loss inf and stalls. metric: M, a symmetric positive definite map of rows
+    `[S, n]`, the identity where it is None.
     """
 
-    def __init__(self, objective: Objective, z: Tensor, history: int = 100) -> None:
+    def __init__(
+        self, objective: Objective, z: Tensor, history: int = 100, metric: Metric | None = None
+    ) -> None:
         self.objective, self.history = objective, history
+        self.metric: Metric = metric or _identity
         self.rows = torch.arange(len(z), device=z.device)
         self.z = z.clone()
         self.loss, self.gradient = objective(self.z, self.rows)
@@ -90,13 +102,23 @@ class LBFGS:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the rows at `index` only."""
-        for name in ("rows", "z", "loss", "gradient", "stalled", "_fresh", "_gamma", "_sg", "_yg"):
+        for name in ROWS:
             setattr(self, name, getattr(self, name)[index])
-        for name in ("_s", "_y", "_sy", "_yy", "_diagonal"):
+        for name in HISTORIES:
             setattr(self, name, getattr(self, name)[index].contiguous())
 
+    def state(self) -> dict[str, Any]:
+        """All that `step` and `keep` change, not copied."""
+        return {name: getattr(self, name) for name in (*ROWS, *HISTORIES, "taken", "evaluations")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, whatever has been kept since."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def _steepest(self) -> Tensor:
-        return -self.gradient / self.gradient.abs().sum(1, keepdim=True).clamp_min(1.0)
+        down = -self.metric(self.gradient)
+        return down / down.abs().sum(1, keepdim=True).clamp_min(1.0)
 
     def _direction(self) -> Tensor:
         used = min(self.taken, self.history)
@@ -111,8 +133,9 @@ class LBFGS:
         p = torch.linalg.solve_triangular(upper, sg, upper=True)
         q = torch.linalg.solve_triangular(upper.mT, diagonal * p + gamma * (yy @ p) - gamma * yg, upper=False)
         slot = torch.empty_like(order).scatter_(0, order, torch.arange(used, device=order.device))
-        combined = _combine(q[:, slot], s) - _combine(gamma * p[:, slot], y)
-        direction = -(self._gamma[:, None].to(self.z.dtype) * self.gradient + combined)
+        scale = self._gamma[:, None].to(self.z.dtype)
+        first = self.metric(scale * self.gradient - _combine(gamma * p[:, slot], y))
+        direction = -(first + _combine(q[:, slot], s))
         return torch.where(self._fresh[:, None], self._steepest(), direction)
 
     def _search(self, direction: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,8 +173,9 @@ class LBFGS:
         self._s[:, slot], self._y[:, slot] = s, y
         used = min(self.taken + 1, self.history)
         both = torch.stack([y, self.gradient], dim=2)
+        scaled = torch.stack([self.metric(y), self.metric(self.gradient)], dim=2)
         column, self._sg = torch.bmm(self._s[:, :used], both).double().unbind(2)
-        gram, self._yg = torch.bmm(self._y[:, :used], both).double().unbind(2)
+        gram, self._yg = torch.bmm(self._y[:, :used], scaled).double().unbind(2)
         self._sy[:, slot, :] = 0.0
         self._sy[:, :used, slot] = column
         self._sy[:, slot, slot] = torch.where(good, curvature, 1.0)
@@ -168,6 +192,10 @@ class LBFGS:
         for history in (self._s, self._y, self._yy, self._diagonal):
             history[rows] = 0.0
         self._sy[rows] = torch.eye(self.history, dtype=torch.float64, device=self.z.device)
+
+
+def _identity(v: Tensor) -> Tensor:
+    return v
 
 
 def _combine(coefficients: Tensor, history: Tensor) -> Tensor:

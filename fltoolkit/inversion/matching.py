@@ -6,6 +6,7 @@ stack of guesses at once, g what the client would send for a guess and t what wa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fltoolkit.errors import InputError
-from fltoolkit.inversion.client import State, Update, eager_step, local_steps, one_step
+from fltoolkit.inversion.client import State, Update, eager_step, in_bf16, local_steps, one_step
+from fltoolkit.inversion.compiled import CompilationError, Compiled, evaluation, unfolded
 from fltoolkit.inversion.distance import Distance, squared
 from fltoolkit.inversion.prior import Prior
 from fltoolkit.types import LocalSpec, Observation
@@ -33,13 +35,20 @@ class Objective:
 
     distance: between updates. priors: (weight, prior) pairs added to it. simulate: run a client's local steps
     through instead of reading the update as one gradient. one_by_one: evaluate guesses one after the other
-    by plain autograd, which is faster where convolutions are large.
+    by plain autograd, which is faster where convolutions are large. compile: evaluate by one compiled
+    program, which is faster where networks are small. precision: of the network's own arithmetic, "float32"
+    or "bf16"; distances are always float32.
     """
 
     distance: Distance = squared
     priors: tuple[tuple[float, Prior], ...] = ()
     simulate: bool = False
     one_by_one: bool = False
+    compile: bool = False
+    precision: str = "float32"
+
+
+PRECISIONS = ("float32", "bf16")
 
 
 def one_by_one_is_faster(observation: Observation) -> bool:
@@ -80,17 +89,27 @@ class GradientMatching:
         self.inputs = self.batch * torch.Size(self.shape).numel()
         self._scratch = torch.empty(0)
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
+        self._first, self._program = first, cast(Compiled | None, None)
+        self._compiles = self.objective.compile
+        self.remark = ""
+        """What there is to say about how the objective was evaluated."""
 
     def _client(self, o: Observation) -> Update:
         """`update(params, buffers, x, y)` of one guess, or of a stack of them unless one by one."""
+        update = self._alone(o, o.model)
+        return update if self.objective.one_by_one else cast(Update, vmap(update))
+
+    def _alone(self, o: Observation, model: nn.Module) -> Update:
+        """`update(params, buffers, x, y)` of one guess, by `model`."""
         self.steps = 1
-        one_by_one = self.objective.one_by_one
-        update = (eager_step if one_by_one else one_step)(o.model, o.loss)
+        update = (eager_step if self.objective.one_by_one else one_step)(model, o.loss)
+        if self.objective.precision == "bf16":
+            update = in_bf16(update)
         if self.objective.simulate and o.local is not None:
             self.steps = o.local_steps
             if self.steps > 1 or o.local.weight_decay:
                 update = self._several(update, o.local, o.clients)
-        return update if one_by_one else cast(Update, vmap(update))
+        return update
 
     def _several(self, gradient: Update, local: LocalSpec, clients: int) -> Update:
         """The update of a client's several local steps."""
@@ -112,9 +131,12 @@ class GradientMatching:
 
     def decode(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Guesses `[S, n]` -> x `[S, N, *shape]` and labels, `[S, N]` or distributions `[S, N, classes]`."""
+        return self._decode(z, None if self.labels is None else self.labels[rows])
+
+    def _decode(self, z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         x = z[:, : self.inputs].reshape(len(z), self.batch, *self.shape)
-        if self.labels is not None:
-            return x, self.labels[rows]
+        if labels is not None:
+            return x, labels
         return x, z[:, self.inputs :].reshape(len(z), self.batch, self.classes).softmax(-1)
 
     def __call__(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +163,32 @@ class GradientMatching:
         return rows, self._params[owner], self._target[owner]
 
     def _evaluate(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self._compiles:
+            try:
+                return self._by_program(z.detach(), rows, params, target)
+            except CompilationError as e:
+                self._compiles, self.remark = False, f"not compiled: {e}"
+                warnings.warn(f"going on without compilation: {e}", stacklevel=2)
+        return self._eagerly(z, rows, params, target)
+
+    def _by_program(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by a program, which is made for the first rows that ask for it."""
+        if self._program is None:
+            o = self._first
+            if type(self)._updates is not GradientMatching._updates or self.objective.one_by_one:
+                raise CompilationError("this search has no program")
+            update = self._alone(o, unfolded(o.model))
+            self._program = Compiled(
+                evaluation(update, self.layout, self._decode, self.objective.distance, self.objective.priors)
+            )
+        owner = self.owner[rows]
+        labels = None if self.labels is None else self.labels[rows]
+        buffers = {n: b[owner] for n, b in self._buffers.items()}
+        found = self._program(z, params, target, owner, labels, buffers)
+        self.remark = f"compiled in {self._program.seconds:.1f} s"
+        return found
+
+    def _eagerly(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
         x, y = self.decode(z, rows)
         owner = self.owner[rows]

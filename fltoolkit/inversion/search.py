@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fltoolkit.attack import Progress
+from fltoolkit.inversion import keep
 from fltoolkit.inversion.matching import GradientMatching
 from fltoolkit.types import Observation, Reconstruction
 
 FIRST_RUNG = 50
 CHECK_EVERY = 25
-PLATEAU_WINDOW = 200
 PLATEAU_DECREASE = 0.02
 GROUP_FLOATS = 4e8
 """Victims share a stack as long as their L-BFGS histories hold at most this many numbers."""
 
+
+CHANGES = ("best", "loss", "evaluations", "iterations", "changed", "seconds", "notes")
+"""What a stack changes beside its trace and its optimiser."""
 
 Bounds = tuple[float, float]
 """The range of valid inputs."""
@@ -47,6 +50,8 @@ class Optimiser(Protocol):
     def hasten(self, mask: Tensor) -> None: ...
     def step(self) -> None: ...
     def keep(self, index: Tensor) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class SearchSpec(Protocol):
@@ -58,6 +63,8 @@ class SearchSpec(Protocol):
     def restarts(self) -> int: ...
     @property
     def tolerance(self) -> float: ...
+    @property
+    def patience(self) -> int: ...
     def problem(
         self, observations: Sequence[Observation], owner: Tensor, labels: Tensor | None
     ) -> GradientMatching: ...
@@ -113,9 +120,10 @@ class _Group:
         owner = torch.arange(self.victims, device=self.device).repeat_interleave(spec.restarts)
         self.problem = spec.problem(observations, owner, _rows(labels, self.victims, spec.restarts))
         bounds = observations[0].input_range
-        starts = [spec.start(self.problem, rng, bounds) for rng in rngs]
+        start = torch.cat([spec.start(self.problem, rng, bounds) for rng in rngs])
+        self.kept = keep.place(spec, observations, labels, start)
         self.begun = time.perf_counter()
-        self.optimiser = spec.optimiser(self.problem, torch.cat(starts).to(self.device), bounds)
+        self.optimiser = spec.optimiser(self.problem, start.to(self.device), bounds)
         self.best = self.optimiser.z.clone()
         self.loss = self.optimiser.loss.clone()
         self.trace: list[Tensor] = [self.loss.clone()]
@@ -128,7 +136,10 @@ class _Group:
 
     def run(self, progress: Progress) -> list[Reconstruction]:
         rungs = _rungs(self.spec.restarts)
-        for step in range(1, self.spec.steps + 1):
+        self.kept.resume(self)
+        for step in range(len(self.trace), self.spec.steps + 1):
+            if len(self.optimiser.rows) == 0:
+                break
             self._advance()
             if step in rungs:
                 self._halve()
@@ -138,9 +149,22 @@ class _Group:
                 active = len(self.optimiser.rows)
                 text = f"matching loss median {best.median():.3g}, worst {best.max():.3g}, {active} active"
                 progress(step, self.spec.steps, text)
-            if len(self.optimiser.rows) == 0:
-                break
+            self.kept.save(self)
+        self.optimiser.keep(torch.empty(0, dtype=torch.long, device=self.device))
+        self.kept.save(self, ended=True)
         return self._results()
+
+    def state(self) -> dict[str, Any]:
+        """All that changes from iteration to iteration."""
+        own = {name: getattr(self, name) for name in CHANGES}
+        return own | {"trace": torch.stack(self.trace), "optimiser": self.optimiser.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for name in CHANGES:
+            setattr(self, name, state[name])
+        self.trace = list(state["trace"])
+        self.optimiser.restore(state["optimiser"])
 
     def _advance(self) -> None:
         rows, before, clock = self.optimiser.rows, self.optimiser.evaluations, time.perf_counter()
@@ -189,10 +213,11 @@ class _Group:
 
     def _flat(self, rows: Tensor, step: int) -> Tensor:
         """Which rows have gained next to nothing for a while, and since their schedule last moved on."""
-        if step <= PLATEAU_WINDOW:
+        patience = self.spec.patience
+        if not 0 < patience < step:
             return torch.zeros_like(rows, dtype=torch.bool)
-        gained = self.loss[rows] <= (1 - PLATEAU_DECREASE) * self.trace[-1 - PLATEAU_WINDOW][rows]
-        return ~gained & (step - self.changed[rows] >= PLATEAU_WINDOW)
+        gained = self.loss[rows] <= (1 - PLATEAU_DECREASE) * self.trace[-1 - patience][rows]
+        return ~gained & (step - self.changed[rows] >= patience)
 
     def _results(self) -> list[Reconstruction]:
         losses = self.loss.view(self.victims, -1)
@@ -210,7 +235,7 @@ class _Group:
                 iterations=int(self.iterations[rows[v]]),
                 evaluations=int(self.evaluations.view(self.victims, -1)[v].sum()),
                 seconds=float(self.seconds[v]),
-                note=self.notes[v],
+                note="; ".join(filter(None, (self.notes[v], self.problem.remark))),
             )
             for v in range(self.victims)
         ]
