@@ -31,7 +31,8 @@ HELD_OUT = 10_000
 """The last training images belong to the victims; no model is trained on them."""
 TESTED = 2000
 ONE_STEP_ATTACKS = ("idlg", "dlg")
-"""They take an update for one gradient; cells of several local steps leave them out."""
+"""They take an update for one gradient unless told to simulate; cells of several local steps leave them
+out."""
 
 Progress = Callable[[int, int, str], None]
 

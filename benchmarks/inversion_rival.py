@@ -5,10 +5,11 @@
 
 It needs an environment with breaching; see benchmarks/rivals/inversion_breaching.py. Both get the same
 untrained weights with BatchNorm frozen, the same update and the true labels, in the order of the client's
-steps where there are several; both may use the same number of iterations. Ours is `inverting` with a larger
-step that falls along a cosine (ATTACK), breaching's the paper's settings. breaching searches images that are
-normalised by the data's mean and deviation, as it is used to. A third run, "equal time", is ours with as many
-iterations as fit into the time that breaching took. Victim by victim the two take turns at going first.
+steps where there are several; both may use the same number of evaluations of the matching loss. Ours is the
+attack in ATTACKS that suits the model, breaching's is "invertinggradients" with the paper's settings.
+breaching searches images that are normalised by the data's mean and deviation, as it is used to. A third run,
+"equal time", is ours with as many iterations as fit into the time that breaching took. Victim by victim the
+two take turns at going first.
 "fedavg" is one epoch of four steps on four images at rate 0.01. Kept victims under runs/ let a stopped run go
 on.
 """
@@ -43,7 +44,11 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
 RESULT = Path(__file__).parent / "results" / "inversion_rival.json"
 KEPT = Path("runs") / "inversion-rival"
-ATTACK = "inverting:lr=1,decay=cosine"
+SMOOTH = "idlg:restarts=1,spectrum=0.5,start_std=0.02,simulate=true"
+BETTER = "inverting:lr=0.3,decay=cosine"
+ATTACKS = {"lenet": SMOOTH, "convnet16": BETTER, "convnet": BETTER}
+BACKTRACKS = 0.04
+"""Part of an L-BFGS search's evaluations that its line search may take on top of one an iteration."""
 SIDES = ("ours", "breaching", "ours, equal time")
 STEP, FEDAVG = LocalSpec(1, None, 0.01), LocalSpec(1, 1, 0.01)
 
@@ -88,11 +93,13 @@ def told(stage: Stage, victim: int) -> tuple[Observation, Examples]:
     return replace(seen, labels=truth.y[torch.from_numpy(rng.permutation(len(truth)))]), truth
 
 
-def ours(seen: Observation, iterations: int, seed: int, victim: int) -> Reconstruction:
-    attack = registry.make_attack(ATTACK, steps=iterations)
+def ours(spec: str, seen: Observation, evaluations: int, seed: int, victim: int) -> Reconstruction:
+    """The attack `spec` with at most about `evaluations`, which stand as its iterations."""
+    spare = int(BACKTRACKS * evaluations) if spec == SMOOTH else 0
+    attack = registry.make_attack(spec, steps=max(1, evaluations - spare))
     begun = time.perf_counter()
     found = attack(seen, torch_stream(seed, "victim", victim, "attack", attack.name))
-    return replace(found, seconds=time.perf_counter() - begun)
+    return replace(found, seconds=time.perf_counter() - begun, iterations=found.evaluations)
 
 
 def theirs(seen: Observation, data: Dataset, iterations: int, seed: int, victim: int) -> Reconstruction:
@@ -126,14 +133,14 @@ def compare(case: Case, data: Dataset, iterations: int, seed: int, victim: int) 
     )  # fmt: skip
     seen, truth = told(Stage(scene), victim)
     work = {
-        "ours": lambda: ours(seen, iterations, seed, victim),
+        "ours": lambda: ours(ATTACKS[case.model], seen, iterations, seed, victim),
         "breaching": lambda: theirs(seen, data, iterations, seed, victim),
     }
     turns = list(work) if victim % 2 == 0 else list(work)[::-1]
     found = {side: work[side]() for side in turns}
     each = found["ours"].seconds / max(1, found["ours"].iterations)
     affordable = max(1, int(found["breaching"].seconds / each))
-    found["ours, equal time"] = ours(seen, affordable, seed, victim)
+    found["ours, equal time"] = ours(ATTACKS[case.model], seen, affordable, seed, victim)
     result = {}
     for side in SIDES:
         f = found[side]
@@ -186,7 +193,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": case.model,
         "batch": case.batch,
-        "attack": ATTACK,
+        "attack": ATTACKS[case.model],
         "local": asdict(case.local),
         "data": data.name,
         "note": data.note,

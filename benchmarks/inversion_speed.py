@@ -5,7 +5,7 @@
 
 lenet: iDLG on single photographs through a sigmoid LeNet, plain and compiled. stopping: what it saves to stop
 on a plateau. convnet: a ConvNet of width 64 (--model), by iteration in float32 and bf16, and how soon a
-better schedule reaches what breaching's settings end with. Sides take turns; BatchNorm is frozen, labels are
+better schedule reaches what breaching's settings end with. fedavg: four images through four local steps. Sides take turns; BatchNorm is frozen, labels are
 given where breaching needs them. The floor is one forward and backward pass of the network. Ratios count:
 absolute times are this machine's.
 """
@@ -22,7 +22,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from inversion_rival import told
+from inversion_rival import images, told
 from rivals import inversion_breaching as breaching
 
 from fltoolkit import registry
@@ -43,10 +43,10 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 RESULT = Path(__file__).parent / "results" / "inversion_speed.json"
 IDLG = "idlg:restarts=1,steps=400,spectrum=0.5,start_std=0.02"
 PLAIN = "idlg:restarts=1,steps=2000"
-PAPER = "inverting"
-BETTER = "inverting:lr=1,decay=cosine"
-STEP = LocalSpec(1, None, 0.01)
+BETTER = "inverting:lr=0.3,decay=cosine"
+STEP, EPOCH = LocalSpec(1, None, 0.01), LocalSpec(1, 1, 0.01)
 GOOD_DB = 30.0
+SHOWN = 3
 
 Victims = Sequence[tuple[Observation, Examples]]
 
@@ -86,9 +86,10 @@ def theirs(kind: str, victims: Victims, data: Dataset, iterations: int, seed: in
     found, labels = [], kind != "idlg"
     centre = tuple(data.train.x.mean((0, 2, 3)).tolist()), tuple(data.train.x.std((0, 2, 3)).tolist())
     for v, (o, _) in enumerate(victims):
+        several = o.local_steps > 1
         result = breaching.reconstruct(
             breaching.Denormalised(o.model, *centre),
-            list(o.layout.unflatten(o.gradient).values()),
+            list(o.layout.unflatten(o.update if several else o.gradient).values()),
             o.labels if labels else None,
             o.input_shape,
             o.num_classes,
@@ -96,6 +97,7 @@ def theirs(kind: str, victims: Victims, data: Dataset, iterations: int, seed: in
             iterations,
             seed * 1000 + v,
             *centre,
+            local=o.local if several else None,
             batch=o.num_examples,
         )
         found.append(
@@ -139,8 +141,8 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
 
 def convnet(options: argparse.Namespace) -> dict[str, Any]:
     """A network bound by arithmetic: cost of an iteration, and time to what breaching ends with."""
-    data = load(options.data)
-    victims = seen_by("inverting", data, options.model, options)
+    data = images(options.data)
+    victims = in_order(data, options.model, options)
     objective = Objective(cosine, ((1e-2, total_variation),))
     each = per_evaluation(victims, objective, options.repeats)
     few = options.iterations * 2 // 5
@@ -149,7 +151,6 @@ def convnet(options: argparse.Namespace) -> dict[str, Any]:
         "ours, bf16": search(BETTER, victims, data, options.seed, steps=options.iterations, precision="bf16"),
         "ours, 2/5 of it": search(BETTER, victims, data, options.seed, steps=few),
         "ours, 2/5, bf16": search(BETTER, victims, data, options.seed, steps=few, precision="bf16"),
-        "paper's settings": search(PAPER, victims, data, options.seed, steps=options.iterations),
     }
     if breaching.available():
         sides["breaching"] = theirs("invertinggradients", victims, data, options.iterations, options.seed)
@@ -157,12 +158,36 @@ def convnet(options: argparse.Namespace) -> dict[str, Any]:
     return {"victims": len(victims), "model": options.model, "sides": sides, "milliseconds": each}
 
 
+def fedavg(options: argparse.Namespace) -> dict[str, Any]:
+    """Four images through an epoch of four local steps; only breaching is told the labels and their order."""
+    data = images(options.data)
+    victims = in_order(data, options.model, options, 4, EPOCH)
+    blind = [(replace(o, labels=None), t) for o, t in victims]
+    sides = {"ours": search(BETTER, blind, data, options.seed, steps=options.iterations)}
+    if breaching.available():
+        sides["breaching"] = theirs("invertinggradients", victims, data, options.iterations, options.seed)
+    return {"victims": len(victims), "model": options.model, "sides": sides}
+
+
 def seen_by(attack: str, data: Dataset, model: str, options: argparse.Namespace) -> Victims:
-    """What the server sees; for `inverting` with labels, as breaching has them too."""
-    scene = Scene(attack=attack, data=data, model=model, local=STEP, frozen_norm=True, seed=options.seed)
-    stage = Stage(scene)
+    """What the server sees of single images, labels unknown."""
+    stage = Stage(Scene(attack=attack, data=data, model=model, local=STEP, seed=options.seed))
     found = [told(stage, v) for v in range(options.victims)]
-    return found if attack == "inverting" else [(replace(o, labels=None), t) for o, t in found]
+    return [(replace(o, labels=None), t) for o, t in found]
+
+
+def in_order(
+    data: Dataset, model: str, options: argparse.Namespace, batch: int = 1, local: LocalSpec = STEP
+) -> Victims:
+    """The same of the data's first images, `batch` to each victim, labels known."""
+    found = []
+    for v in range(options.victims):
+        own = replace(data, train=data.train.take(torch.arange(v * batch, (v + 1) * batch)))
+        scene = Scene(
+            data=own, model=model, batch=batch, local=local, frozen_norm=True, seed=options.seed + v
+        )
+        found.append(told(Stage(scene), 0))
+    return found
 
 
 def per_evaluation(
@@ -197,7 +222,12 @@ def forward_backward(o: Observation, data: Examples) -> None:
     torch.autograd.grad(loss, [p for p in o.model.parameters() if p.requires_grad])
 
 
-CASES = {"lenet": lenet, "stopping": stopping, "convnet": convnet}
+CASES = {"lenet": lenet, "stopping": stopping, "convnet": convnet, "fedavg": fedavg}
+
+
+def named(case: str, model: str) -> str:
+    """Cases on a chosen model are kept by it: convnet, convnet16, fedavg, ..."""
+    return model if case == "convnet" else case
 
 
 def render(found: dict[str, Any]) -> str:
@@ -207,9 +237,13 @@ def render(found: dict[str, Any]) -> str:
         rows = []
         for side, s in case["sides"].items():
             low, high = s["psnr_db"]["ci95"] or [s["psnr_db"]["mean"]] * 2
-            psnr = f"{s['psnr_db']['mean']:.1f} ±{(high - low) / 2:.1f}"
+            spread = f" ±{(high - low) / 2:.1f}" if len(s["psnr_db"]["values"]) > SHOWN else ""
+            psnr = f"{s['psnr_db']['mean']:.1f}{spread}"
             above = f"{s['above_30_db']['value']:.0%}"
-            rows.append((side, f"{s['seconds_a_victim']:.2f}", psnr, above, f"{s['evaluations']:.0f}"))
+            images = ", ".join(f"{v:.1f}" for v in s["psnr_db"]["values"][:SHOWN])
+            rows.append(
+                (side, f"{s['seconds_a_victim']:.2f}", psnr, above, f"{s['evaluations']:.0f}", images)
+            )
         header = (
             f"{name}, {case['victims']} victims",
             "s a victim",
@@ -234,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--victims", type=int, default=10, help="victims a case (default: 10)")
     parser.add_argument("--iterations", type=int, default=500, help="of convnet's searches (default: 500)")
     parser.add_argument("--model", default="convnet", help="of the case convnet (default: convnet)")
-    parser.add_argument("--data", default="photos", help="of the case convnet (default: photos)")
+    parser.add_argument(
+        "--data", default="photos", help="photos or cifar10, of the case convnet (default: photos)"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="of each timed evaluation (default: 10)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads of all sides (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all streams (default: 0)")
@@ -249,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in options.case or CASES:
             result = CASES[name](options)
             told_by = {"threads": options.threads, "seed": options.seed, "command": document.command_line()}
-            kept[name] = result | told_by | {"versions": document.versions()}
+            kept[named(name, options.model)] = result | told_by | {"versions": document.versions()}
             write_json(options.out, kept)
     except InputError as e:
         raise SystemExit(f"error: {e}") from e

@@ -14,6 +14,8 @@ from torch import nn
 from attacks.dlfa import DLFA
 from attacks.inverting import Inverting
 from attacks.sme import SME
+from fltoolkit import registry
+from fltoolkit.audit import Scene, run
 from fltoolkit.data import load
 from fltoolkit.errors import InputError
 from fltoolkit.inversion import epochs, recipe
@@ -307,3 +309,16 @@ def test_a_broken_update_is_refused_before_its_recipe_is_sought(monkeypatch):
     broken = replace(seen, update=seen.update * float("nan"))
     with pytest.raises(InputError, match="update must be finite"):
         DLFA()(broken, seeded())
+
+
+def test_lbfgs_runs_local_steps_through_when_asked():
+    def psnr(options):
+        scene = Scene(
+            attack=registry.make_attack(f"idlg:{options}", steps=150, restarts=1),
+            data="digits",
+            victims=2,
+            local=LocalSpec(3, None, 1.0),
+        )
+        return run(scene).report["metrics"]["psnr_db"]["mean"]
+
+    assert psnr("simulate=true") > psnr("simulate=false") + 3

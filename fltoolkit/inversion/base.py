@@ -112,13 +112,15 @@ class LBFGSInversion(GradientInversion):
     history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
     units of that range. adapt: take the defenses into account, which the papers' attacks do not. spectrum: p
     of a `Spectrum` that scales the search's directions like those of natural images; 0 is the papers' plain
-    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs.
+    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs. simulate: run
+    several local steps through where E, B and η are known.
     """
 
     history: int = 100
     start_std: float = 0.3
     adapt: bool = False
     spectrum: float = 0.0
+    simulate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +131,7 @@ class LBFGSInversion(GradientInversion):
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         fitted = adapt(observation, squared, 0.0, self.adapt)
         priors = ((fitted.tv, total_variation),) if fitted.tv else ()
-        return Objective(fitted.distance, priors), fitted.about
+        return Objective(fitted.distance, priors, self.simulate), fitted.about
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
         return noise(problem, rng, bounds, self.restarts, self.start_std)

@@ -2,15 +2,15 @@
 
 The inverse-Hessian product uses the compact representation of Byrd, Nocedal and Schnabel 1994
 (doi:10.1007/BF01582063, eq. 3.13): with S, Y the last m steps and gradient differences as rows, R the
-upper triangle of S Yᵀ, D its diagonal and γ = sᵀy / yᵀy of the newest pair,
+upper triangle of S Yᵀ and D its diagonal,
 
     H g = γ M g + Sᵀ q − γ M Yᵀ p,    p = R⁻¹ S g,    q = R⁻ᵀ (D p + γ Y M Yᵀ p − γ Y M g),
 
-where γ M is the first guess of the inverse Hessian: M the identity, or a metric that the caller knows better,
-and then γ = sᵀy / yᵀMy. So a step costs four batched matrix products and two m × m triangular solves instead
-of 2m sequential updates. Histories are float32, the small m × m algebra float64. The line search backtracks
-by quadratic interpolation until Armijo's condition holds (Nocedal and Wright 2006, section 3.5), for every
-row of the stack in the same calls; only rows still searching are evaluated again.
+where γ M is the first guess of the inverse Hessian: M the identity or a better metric that the caller knows,
+and γ = sᵀy / yᵀMy of the newest pair. So a step costs four batched matrix products and two m × m triangular
+solves instead of 2m sequential updates. Histories are float32, the small m × m algebra float64. The line
+search backtracks by quadratic interpolation until Armijo's condition holds (Nocedal and Wright 2006, section
+3.5), for every row of the stack in the same calls; only rows still searching are evaluated again.
 """
 
 from __future__ import annotations
