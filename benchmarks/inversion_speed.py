@@ -5,9 +5,9 @@
 
 lenet: iDLG on single photographs through a sigmoid LeNet, plain and compiled. stopping: what it saves to stop
 on a plateau. convnet: a ConvNet of width 64 (--model), by iteration in float32 and bf16, and how soon a
-better schedule reaches what breaching's settings end with. fedavg: four images through four local steps. Sides take turns; BatchNorm is frozen, labels are
-given where breaching needs them. The floor is one forward and backward pass of the network. Ratios count:
-absolute times are this machine's.
+better schedule reaches what breaching's settings end with. fedavg: four images through four local steps.
+Sides take turns; BatchNorm is frozen, labels are given where breaching needs them. The floor is one forward
+and backward pass of the network. Ratios count: absolute times are this machine's.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ BETTER = "inverting:lr=0.3,decay=cosine"
 STEP, EPOCH = LocalSpec(1, None, 0.01), LocalSpec(1, 1, 0.01)
 GOOD_DB = 30.0
 SHOWN = 3
+COLUMNS = ("s a victim", "PSNR in dB", "above 30 dB", "evaluations", "first ones")
 
 Victims = Sequence[tuple[Observation, Examples]]
 
@@ -244,13 +245,7 @@ def render(found: dict[str, Any]) -> str:
             rows.append(
                 (side, f"{s['seconds_a_victim']:.2f}", psnr, above, f"{s['evaluations']:.0f}", images)
             )
-        header = (
-            f"{name}, {case['victims']} victims",
-            "s a victim",
-            "PSNR in dB",
-            "above 30 dB",
-            "evaluations",
-        )
+        header = (f"{name}, {case['victims']} victims", *COLUMNS)
         lines = [table(header, rows)]
         costs = {k: median(v) for k, v in case.get("milliseconds", {}).items()}
         if costs:
