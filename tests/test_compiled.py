@@ -122,6 +122,21 @@ def test_bf16_keeps_the_direction_but_not_the_digits(one_by_one):
     assert not torch.equal(g, g16)
 
 
+def test_bf16_with_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)
+    ).eval()
+    data = tiny_examples(2, 0)
+    full, half = (
+        GradientMatching([observe(model, data)], torch.zeros(2, dtype=torch.long), data.y.repeat(2, 1), o)
+        for o in (Objective(), Objective(precision="bf16"))
+    )
+    z = torch.rand(2, full.variables, generator=torch.Generator().manual_seed(7))
+    (_, g), (_, g16) = full(z, torch.arange(2)), half(z, torch.arange(2))
+    assert torch.cosine_similarity(g, g16).min() > 0.98
+
+
 def test_unknown_precision_is_refused():
     with pytest.raises(InputError, match=r"precision must be one of .*float32.*bf16.*, got 'fp8'"):
         registry.make_attack("idlg", precision="fp8")

@@ -57,6 +57,10 @@ def one_by_one_is_faster(observation: Observation) -> bool:
     return convolutional and observation.layout.size > LARGE and observation.params.device.type == "cpu"
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in model.modules())
+
+
 class GradientMatching:
     """The objective of V observed problems, as a function of stacked guesses.
 
@@ -74,6 +78,9 @@ class GradientMatching:
     ) -> None:
         first = observations[0]
         self.objective = objective or Objective()
+        if self.objective.precision == "bf16" and has_batch_norm(first.model):
+            # PyTorch cannot stack a BatchNorm whose input and statistics differ in precision.
+            self.objective = replace(self.objective, one_by_one=True)
         self.layout, self.batch = first.layout, first.num_examples
         self.shape, self.classes = first.input_shape, first.num_classes
         for o in observations[1:]:
