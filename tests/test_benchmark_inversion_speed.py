@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -79,3 +80,8 @@ def test_fedavg_is_told_no_labels():
     assert (o.local_steps, len(truth)) == (4, 4)
     assert speed.named("convnet", "convnet16") == "convnet16"
     assert speed.named("fedavg", "convnet16") == "fedavg"
+
+
+def test_the_documentation_shows_the_committed_figures():
+    text = (Path(__file__).parents[1] / "docs" / "inversion.md").read_text(encoding="utf-8")
+    assert speed.render(json.loads(speed.RESULT.read_text(encoding="utf-8"))) in text
