@@ -102,10 +102,18 @@ def ours(spec: str, seen: Observation, evaluations: int, seed: int, victim: int)
     return replace(found, seconds=time.perf_counter() - begun, iterations=found.evaluations)
 
 
-def theirs(seen: Observation, data: Dataset, iterations: int, seed: int, victim: int) -> Reconstruction:
+def theirs(
+    seen: Observation,
+    data: Dataset,
+    iterations: int,
+    seed: int,
+    victim: int,
+    kind: str = "invertinggradients",
+) -> Reconstruction:
+    """breaching's attack `kind`, told the labels where the adversary knows them."""
     mean = tuple(data.train.x.mean((0, 2, 3)).tolist())
     std = tuple(data.train.x.std((0, 2, 3)).tolist())
-    several = seen.local is not None and seen.local.steps(seen.num_examples) > 1
+    several = seen.local_steps > 1
     row = seen.update if several else seen.gradient
     found = breaching.reconstruct(
         breaching.Denormalised(seen.model, mean, std),
@@ -113,7 +121,7 @@ def theirs(seen: Observation, data: Dataset, iterations: int, seed: int, victim:
         seen.labels,
         seen.input_shape,
         seen.num_classes,
-        "invertinggradients",
+        kind,
         iterations,
         seed * 1000 + victim,
         mean,
@@ -121,8 +129,8 @@ def theirs(seen: Observation, data: Dataset, iterations: int, seed: int, victim:
         local=seen.local if several else None,
         batch=seen.num_examples,
     )
-    assert seen.labels is not None
-    return Reconstruction(found.x, seen.labels, 0.0, iterations=found.iterations, seconds=found.seconds)
+    y = found.y if seen.labels is None else seen.labels
+    return Reconstruction(found.x, y, 0.0, iterations=found.iterations, seconds=found.seconds)
 
 
 def compare(case: Case, data: Dataset, iterations: int, seed: int, victim: int) -> dict[str, Any]:

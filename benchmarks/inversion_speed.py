@@ -6,8 +6,9 @@
 lenet: iDLG on single photographs through a sigmoid LeNet, plain and compiled. stopping: what it saves to stop
 on a plateau. convnet: a ConvNet of width 64 (--model), by iteration in float32 and bf16, and how soon a
 better schedule reaches what breaching's settings end with. fedavg: four images through four local steps.
-Sides take turns; BatchNorm is frozen, labels are given where breaching needs them. The floor is one forward
-and backward pass of the network. Ratios count: absolute times are this machine's.
+Evaluations are timed in turn, searches one after the other; BatchNorm is frozen, labels are given where
+breaching needs them. The floor is one forward and backward pass of the network. Ratios count, and only of
+runs on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from inversion_rival import images, told
+from inversion_rival import BETTER, FEDAVG, STEP, images, theirs, told
 from rivals import inversion_breaching as breaching
 
 from fltoolkit import registry
@@ -43,8 +44,6 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 RESULT = Path(__file__).parent / "results" / "inversion_speed.json"
 IDLG = "idlg:restarts=1,steps=400,spectrum=0.5,start_std=0.02"
 PLAIN = "idlg:restarts=1,steps=2000"
-BETTER = "inverting:lr=0.3,decay=cosine"
-STEP, EPOCH = LocalSpec(1, None, 0.01), LocalSpec(1, 1, 0.01)
 GOOD_DB = 30.0
 SHOWN = 3
 COLUMNS = ("s a victim", "PSNR in dB", "above 30 dB", "evaluations", "first ones")
@@ -82,28 +81,9 @@ def search(spec: str, victims: Victims, data: Dataset, seed: int, **options: Any
     )
 
 
-def theirs(kind: str, victims: Victims, data: Dataset, iterations: int, seed: int) -> dict[str, Any]:
+def rival(kind: str, victims: Victims, data: Dataset, iterations: int, seed: int) -> dict[str, Any]:
     """breaching on the same victims, one after the other."""
-    found, labels = [], kind != "idlg"
-    centre = tuple(data.train.x.mean((0, 2, 3)).tolist()), tuple(data.train.x.std((0, 2, 3)).tolist())
-    for v, (o, _) in enumerate(victims):
-        several = o.local_steps > 1
-        result = breaching.reconstruct(
-            breaching.Denormalised(o.model, *centre),
-            list(o.layout.unflatten(o.update if several else o.gradient).values()),
-            o.labels if labels else None,
-            o.input_shape,
-            o.num_classes,
-            kind,
-            iterations,
-            seed * 1000 + v,
-            *centre,
-            local=o.local if several else None,
-            batch=o.num_examples,
-        )
-        found.append(
-            Reconstruction(result.x, result.y, 0.0, iterations=result.iterations, seconds=result.seconds)
-        )
+    found = [theirs(o, data, iterations, seed, v, kind) for v, (o, _) in enumerate(victims)]
     return summary(
         quality(found, victims, data),
         mean(f.seconds for f in found),
@@ -121,7 +101,7 @@ def lenet(options: argparse.Namespace) -> dict[str, Any]:
     sides["ours, compiled, cold"] = search(IDLG, victims, data, options.seed, compile=True)
     sides["ours, compiled, warm"] = search(IDLG, victims, data, options.seed, compile=True)
     if breaching.available():
-        sides["breaching"] = theirs("idlg", victims, data, 2000, options.seed)
+        sides["breaching"] = rival("idlg", victims, data, 2000, options.seed)
     each = per_evaluation(victims, Objective(), options.repeats, compiled=True)
     return {"victims": len(victims), "sides": sides, "milliseconds": each}
 
@@ -154,7 +134,7 @@ def convnet(options: argparse.Namespace) -> dict[str, Any]:
         "ours, 2/5, bf16": search(BETTER, victims, data, options.seed, steps=few, precision="bf16"),
     }
     if breaching.available():
-        sides["breaching"] = theirs("invertinggradients", victims, data, options.iterations, options.seed)
+        sides["breaching"] = rival("invertinggradients", victims, data, options.iterations, options.seed)
         each["breaching"] = [1e3 * sides["breaching"]["seconds_a_victim"] / options.iterations]
     return {"victims": len(victims), "model": options.model, "sides": sides, "milliseconds": each}
 
@@ -162,11 +142,11 @@ def convnet(options: argparse.Namespace) -> dict[str, Any]:
 def fedavg(options: argparse.Namespace) -> dict[str, Any]:
     """Four images through an epoch of four local steps; only breaching is told the labels and their order."""
     data = images(options.data)
-    victims = in_order(data, options.model, options, 4, EPOCH)
+    victims = in_order(data, options.model, options, 4, FEDAVG)
     blind = [(replace(o, labels=None), t) for o, t in victims]
     sides = {"ours": search(BETTER, blind, data, options.seed, steps=options.iterations)}
     if breaching.available():
-        sides["breaching"] = theirs("invertinggradients", victims, data, options.iterations, options.seed)
+        sides["breaching"] = rival("invertinggradients", victims, data, options.iterations, options.seed)
     return {"victims": len(victims), "model": options.model, "sides": sides}
 
 

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import inversion_speed as speed
-from inversion_rival import BETTER, SMOOTH, images, ours
+from inversion_rival import BETTER, FEDAVG, SMOOTH, images, ours
 
 from fltoolkit.data import load
 from fltoolkit.inversion.matching import Objective
@@ -76,7 +76,7 @@ def test_fedavg_is_told_no_labels():
     options = argparse.Namespace(victims=1, seed=0, data="photos", model="lenet", iterations=3)
     case = speed.fedavg(options)
     assert case["sides"]["ours"]["evaluations"] == 4
-    (o, truth), *_ = speed.in_order(images("photos"), "lenet", options, 4, speed.EPOCH)
+    (o, truth), *_ = speed.in_order(images("photos"), "lenet", options, 4, FEDAVG)
     assert (o.local_steps, len(truth)) == (4, 4)
     assert speed.named("convnet", "convnet16") == "convnet16"
     assert speed.named("fedavg", "convnet16") == "fedavg"

@@ -58,7 +58,7 @@ def one_by_one_is_faster(observation: Observation) -> bool:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in model.modules())
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 class GradientMatching:
