@@ -14,7 +14,7 @@ from fltoolkit import models
 from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
-from fltoolkit.training.engines import ENGINES, choose
+from fltoolkit.training.engines import ENGINES, choose, looped
 from fltoolkit.training.engines.fused import _DescendingLinear
 from fltoolkit.types import Examples, Layout, LocalSpec
 
@@ -125,6 +125,19 @@ def test_engine_equals_the_plain_loop(engine, model, recipe):
     assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
     assert torch.equal(params, before)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), kept.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["fedsgd", "momentum", "decay", "batch above the data"])
+def test_a_large_batch_in_pieces_is_the_batch(recipe, monkeypatch):
+    monkeypatch.setattr(looped, "PIECE", 4)
+    test_engine_equals_the_plain_loop("looped", "cnn", recipe)
+
+
+def test_layers_that_mix_a_batch_are_not_cut():
+    mixing = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    assert not looped.separable(mixing)
+    assert not looped.separable(TwiceUsed())
+    assert looped.separable(models.build("cnn", (1, 28, 28), 10, torch.Generator()))
 
 
 def lines(sizes, tokens=7, length=9):

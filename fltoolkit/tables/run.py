@@ -120,8 +120,8 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
 
 
 def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | None:
-    """The result of another cell of the same setting and effort, in this table or one beside it: the same
-    target, or a target that neither reaches."""
+    """The result of another cell of the same effort, in this table or one beside it, that is the same run: with
+    the same target, or a target that neither reaches."""
     for path in sorted(folder.parent.glob("*/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
@@ -129,10 +129,17 @@ def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | Non
         differs = {k for k, v in cell.setting().items() if found["cell"][k] != v}
         lowest = min(cell.target, found["cell"]["target"])
         neither = all(r["best"] < lowest for r in found["runs"])
-        if differs == {"id"} or (differs == {"id", "target"} and neither):
+        if _same_run(cell, differs) or (differs == {"id", "target"} and neither):
             own = {"cell": cell.setting(), "paper_rounds": cell.paper_rounds}
             return {**found, **own, "shared_with": str(path.relative_to(folder.parent))}
     return None
+
+
+def _same_run(cell: Cell, differs: set[str]) -> bool:
+    """Whether a cell that differs from `cell` in these settings alone trains alike. One full gradient of all
+    clients a round (C = 1, E = 1, B = ∞) is the same however equal numbers of examples are dealt out."""
+    full = cell.C == 1 and cell.E == 1 and cell.B is None
+    return differs == {"id"} or (full and differs == {"id", "partition"})
 
 
 def _kept(

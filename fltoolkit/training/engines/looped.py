@@ -21,6 +21,21 @@ from fltoolkit.training.engines.fused import called_once, fuse
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
 
+PIECE = 100
+"""Examples that pass a model together; the activations of more would not stay in a core's cache."""
+
+_SEPARATE = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Flatten, nn.Identity)
+_SEPARATE += (nn.MaxPool2d, nn.AvgPool2d, nn.LocalResponseNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def separable(model: nn.Module) -> bool:
+    """Whether each example's output is known to depend on that example alone: chains of layers that do not mix
+    a batch's examples. Their gradient over a large batch is a sum over pieces of it."""
+    if type(model) is nn.Sequential:
+        return all(separable(m) for m in model)
+    return type(model) in _SEPARATE
+
+
 class Looped(Engine):
     """Any module that autograd can differentiate."""
 
@@ -72,7 +87,9 @@ class _Worker:
         self.params = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
-        if not self.velocity:
+        self.piece = PIECE if separable(self.model) else None
+        whole = self.piece is None or (local.batch is not None and local.batch <= self.piece)
+        if whole and not self.velocity:
             fuse(self.model, once, 1 - local.lr * local.weight_decay, -local.lr)
 
     def train(self, start: Tensor, data: Examples) -> Tensor:
@@ -99,13 +116,26 @@ class _Worker:
         """w ← w − η v, v ← μ v + g + λ w. A fused layer gives no gradient: it has taken its step."""
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        loss = self.loss(self.model(x), y).mean()
-        found = torch.autograd.grad(loss, self.params, allow_unused=True)
+        found = self._gradient(x, y)
         with torch.no_grad():
             if self.velocity:
                 self._momentum_step(found)
             else:
                 self._plain_step([(p, g) for p, g in zip(self.params, found, strict=True) if g is not None])
+
+    def _gradient(self, x: Tensor, y: Tensor) -> Sequence[Tensor | None]:
+        """Of the mean loss by each parameter, summed over pieces of a large batch."""
+        size = self.piece or len(x)
+        total: Sequence[Tensor | None] = ()
+        for a, b in zip(x.split(size), y.split(size), strict=True):
+            loss = self.loss(self.model(a), b).sum() / len(x)
+            found = torch.autograd.grad(loss, self.params, allow_unused=True)
+            if total:
+                pairs = [(t, f) for t, f in zip(total, found, strict=True) if t is not None and f is not None]
+                torch._foreach_add_([t for t, _ in pairs], [f for _, f in pairs])
+            else:
+                total = found
+        return total
 
     def _plain_step(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         if not pairs:
