@@ -120,8 +120,8 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
 
 
 def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | None:
-    """The result of another cell of the same effort, in this table or one beside it, that is the same run: with
-    the same target, or a target that neither reaches."""
+    """The result of another cell of the same effort, in this table or one beside it, that is the same run:
+    with the same target, or a target that neither reaches."""
     for path in sorted(folder.parent.glob("*/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("schema") != SCHEMA or found["effort"] != asdict(effort):

@@ -11,19 +11,20 @@ from torch import nn
 from fltoolkit.errors import InputError, unknown
 from fltoolkit.training.engines.base import Engine
 from fltoolkit.training.engines.batched import Batched
+from fltoolkit.training.engines.compiled import Compiled
 from fltoolkit.training.engines.looped import Looped
 from fltoolkit.training.engines.vmapped import Vmapped
 from fltoolkit.types import Loss
 
-ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Batched, Looped, Vmapped)}
+ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Compiled, Batched, Looped, Vmapped)}
 AUTO = "auto"
 
 
 def choose(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], name: str = AUTO) -> Engine:
     """The engine called `name`, or the fastest that can train `model`; InputError where it cannot.
 
-    Fully connected networks run as batched matrix products. Of the rest, CPUs run one client a thread;
-    other devices run all clients as one vmapped program.
+    Fully connected networks run in compiled kernels on a CPU, elsewhere as batched matrix products. Of the
+    rest, CPUs run one client a thread; other devices run all clients as one vmapped program.
     """
     if name != AUTO:
         if name not in ENGINES:
@@ -33,6 +34,6 @@ def choose(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], name: str
             raise InputError(f"engine {name!r} cannot train this model: {reason}")
         return ENGINES[name](model, loss)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    order = (Batched, Looped) if on_cpu else (Batched, Vmapped, Looped)
+    order = (Compiled, Batched, Looped) if on_cpu else (Batched, Vmapped, Looped)
     able = [e for e in order if e.refuses(model, loss, input_shape) is None]
     return able[0](model, loss)

@@ -73,15 +73,29 @@ def draws(model: nn.Module) -> bool:
 
 
 def each_on_its_core(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:
-    """`work(item)` for every item, on as many threads, none of which splits its operations further."""
-    if min(threads, len(items)) <= 1:
-        for item in items:
+    """`work(item)` for every item, on as many threads, none of which splits its operations further.
+
+    The calling thread works too: another may wait for its core, on which PyTorch's own idle threads spin for
+    some milliseconds after their last operation.
+    """
+    waiting = iter(items)
+
+    def serve() -> None:
+        torch.set_num_threads(1)
+        for item in waiting:
+            work(item)
+
+    helpers, cores = min(threads, len(items)) - 1, torch.get_num_threads()
+    if helpers < 1:
+        for item in waiting:
             work(item)
         return
-    cores = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, items))
+        with ThreadPoolExecutor(helpers) as pool:
+            others = [pool.submit(serve) for _ in range(helpers)]
+            serve()
+            for other in others:
+                other.result()
     finally:
         torch.set_num_threads(cores)
 

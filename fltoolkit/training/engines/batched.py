@@ -84,7 +84,7 @@ class Batched(Engine):
         """Step the parameters in `rows [k, D]`, in place."""
         stacked = Stacked.of(data, rngs)
         batches = stacked.epoch(local.batch)
-        names, kinds = _layers(self.model)
+        names, kinds = linear_layers(self.model)
         weights, biases = _views(self.layout, rows, names)
         moving = torch.zeros_like(rows) if local.momentum else rows[:, :0]
         dense.train(
@@ -116,7 +116,7 @@ def _scale(held: Tensor, width: int) -> Tensor:
     return ((places < held[:, None]) / held[:, None])[..., None]
 
 
-def _layers(model: nn.Module) -> tuple[list[str], list[str]]:
+def linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the linear layers of a Sequential, and of the activation after each."""
     steps = [(n, type(m)) for n, m in model.named_children() if type(m) not in (nn.Flatten, nn.Identity)]
     after = [kind for _, kind in steps[1:]] + [nn.Identity]

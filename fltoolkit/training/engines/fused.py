@@ -1,7 +1,10 @@
-"""Layers that compute what the ordinary ones do, faster, for a model that only plain SGD will train.
+"""Layers that compute what the ordinary ones do, faster.
 
-A linear layer adds its weight gradient to the weight in the backward pass itself: w ← β w + α dᵀ x in one
-product, where autograd would write the gradient, read it, and write the weight again.
+For a model that only plain SGD will train, a linear layer adds its weight gradient to the weight in the
+backward pass itself: w ← β w + α dᵀ x in one product, where autograd would write the gradient, read it, and
+write the weight again. A convolution does the ReLU and the 2x2 max pooling that follow it: three quarters of
+its outputs then have no gradient, and its backward pass leaves them out. Both call the compiled kernels
+where those are to be had.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fltoolkit.models import evaluating
+from fltoolkit.training.engines import native
 
 
 class _Descend(torch.autograd.Function):
@@ -29,12 +33,18 @@ class _Descend(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.beta, ctx.alpha = beta, alpha
+        if x.dim() == 2 and native.fits(x, weight):
+            return native.forward(x, weight, bias)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight, bias = ctx.saved_tensors
+        if d.dim() == 2 and native.fits(d, x, weight):
+            below = native.below(d, weight) if ctx.needs_input_grad[0] else None
+            native.step(d, x, weight, bias, ctx.beta, ctx.alpha)
+            return below, None, None, None, None
         below = d @ weight if ctx.needs_input_grad[0] else None
         d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
         weight.addmm_(d.t(), x, beta=ctx.beta, alpha=ctx.alpha)
@@ -80,3 +90,63 @@ def fuse(model: nn.Module, names: Collection[str], beta: float, alpha: float) ->
         if name in names and type(layer) is nn.Linear and own:
             layer.__class__ = _DescendingLinear
             layer.beta, layer.alpha = beta, alpha  # type: ignore[assignment]
+
+
+class _Pooled(torch.autograd.Function):
+    """The 2x2 maxima of the ReLU of a convolution with stride 1, all in channels-last memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        y, which = native.relu_pool(F.conv2d(x, weight, bias, padding=padding))
+        ctx.save_for_backward(x, weight, which)
+        ctx.padding = padding
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+        x, weight, which = ctx.saved_tensors
+        below, _, biased, _ = ctx.needs_input_grad
+        d = d.contiguous(memory_format=torch.channels_last)
+        gx, gw, gb = native.conv_pool_back(x, weight, d, which, ctx.padding, below)
+        return gx, gw, gb if biased else None, None
+
+
+class _PooledConv2d(nn.Conv2d):
+    """A convolution with the ReLU and the pooling that follow it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and all(native.fits(t.permute(0, 2, 3, 1)) for t in (x, self.weight)):
+            padding: tuple[int, int] = self.padding  # type: ignore[assignment]
+            result: Tensor = _Pooled.apply(x, self.weight, self.bias, padding)
+            return result
+        return F.max_pool2d(F.relu(super().forward(x)), 2)
+
+
+def join_with_pool(model: nn.Module, names: Collection[str]) -> None:
+    """Let the convolutions called `names` do the ReLU and 2x2 max pooling that follow them in a Sequential,
+    and those two nothing, in place."""
+    wanted = {id(m) for n, m in model.named_modules() if n in names}
+    for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
+        for i in range(len(chain) - 2):
+            conv, relu, pool = chain[i], chain[i + 1], chain[i + 2]
+            if id(conv) in wanted and _slides(conv) and type(relu) is nn.ReLU and _halves(pool):
+                conv.__class__ = _PooledConv2d
+                chain[i + 1], chain[i + 2] = nn.Identity(), nn.Identity()
+
+
+def _slides(layer: nn.Module) -> bool:
+    """Whether a layer is a plain convolution with stride 1."""
+    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
+        return False
+    plain = layer.groups == 1 and layer.padding_mode == "zeros"
+    return plain and layer.stride == (1, 1) and layer.dilation == (1, 1)
+
+
+def _halves(layer: nn.Module) -> bool:
+    """Whether a layer is max pooling over 2x2 windows side by side, nothing else."""
+    if type(layer) is not nn.MaxPool2d or layer.return_indices:
+        return False
+    settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+    pairs = [s if isinstance(s, tuple) else (s, s) for s in settings]
+    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1), (False, False)]

@@ -17,20 +17,28 @@ from torch import Tensor, nn
 
 from fltoolkit.training.engines import recurrent
 from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, shuffled
-from fltoolkit.training.engines.fused import called_once, fuse
+from fltoolkit.training.engines.fused import called_once, fuse, join_with_pool
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
-
 
 PIECE = 100
 """Examples that pass a model together; the activations of more would not stay in a core's cache."""
 
-_SEPARATE = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.Flatten, nn.Identity)
+_SEPARATE: tuple[type[nn.Module], ...] = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.Flatten,
+    nn.Identity,
+)
 _SEPARATE += (nn.MaxPool2d, nn.AvgPool2d, nn.LocalResponseNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def separable(model: nn.Module) -> bool:
-    """Whether each example's output is known to depend on that example alone: chains of layers that do not mix
-    a batch's examples. Their gradient over a large batch is a sum over pieces of it."""
+    """Whether each example's output is known to depend on that example alone: chains of layers that do not
+    mix a batch's examples. Their gradient over a large batch is a sum over pieces of it."""
     if type(model) is nn.Sequential:
         return all(separable(m) for m in model)
     return type(model) in _SEPARATE
@@ -88,6 +96,7 @@ class _Worker:
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
         self.piece = PIECE if separable(self.model) else None
+        join_with_pool(self.model, once)
         whole = self.piece is None or (local.batch is not None and local.batch <= self.piece)
         if whole and not self.velocity:
             fuse(self.model, once, 1 - local.lr * local.weight_decay, -local.lr)

@@ -1,0 +1,461 @@
+/* Small dense products at the full width of the processor's vectors, and SGD on fully connected networks.
+ *
+ * Matrices are rows of floats, the last index running fastest: inputs x [n, in], weights w [out, in], outputs
+ * y [n, out], gradients d [n, out]. A product is cut into tiles whose sums stay in registers. Plain vector types
+ * of GCC and Clang, so that one source serves every processor; results do not depend on the number of threads.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16     /* floats in a vector */
+#define ROWS 5       /* rows of x in a tile */
+#define COLUMNS 4    /* rows of w, or vectors of columns, in a tile */
+#define BLOCK 40     /* rows of x that pass w together: they stay in the second cache */
+#define INLINE static inline __attribute__((always_inline))
+#define EACH _Pragma("GCC unroll 8") for
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef float quarter __attribute__((vector_size(LANES)));
+
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+enum { LINEAR, RELU, SIGMOID, TANH };
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+INLINE vec all(float a) { return a - (vec){0}; }
+
+INLINE vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* The first n < LANES floats, zeros after them. */
+INLINE vec load_part(const float *p, long n)
+{
+    if (n == LANES / 2) {
+        half h = *(const half *)p;
+        return __builtin_shufflevector(h, (half){0}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+    float filled[LANES] = {0};
+    memcpy(filled, p, n * sizeof(float));
+    return load(filled);
+}
+
+INLINE float sum(vec v)
+{
+    half a, b;
+    quarter c, d;
+    memcpy(&a, &v, sizeof a);
+    memcpy(&b, (char *)&v + sizeof a, sizeof b);
+    a += b;
+    memcpy(&c, &a, sizeof c);
+    memcpy(&d, (char *)&a + sizeof c, sizeof d);
+    c += d;
+    return (c[0] + c[1]) + (c[2] + c[3]);
+}
+
+INLINE long smaller(long a, long b) { return a < b ? a : b; }
+
+INLINE float activate(float v, int kind)
+{
+    switch (kind) {
+    case RELU: return v < 0 ? 0 : v;
+    case SIGMOID: return 1 / (1 + expf(-v));
+    case TANH: return tanhf(v);
+    default: return v;
+    }
+}
+
+/* y = σ(x wᵀ + b) of R rows of x and C rows of w. */
+INLINE void forward_tile(const int R, const int C, const float *x, const float *w, const float *b, long in,
+                         float *y, long out, int kind)
+{
+    vec s[ROWS][COLUMNS] = {0};
+    long i = 0;
+    for (; i + LANES <= in; i += LANES) {
+        vec u[COLUMNS];
+        EACH (int c = 0; c < C; c++) u[c] = load(w + c * in + i);
+        EACH (int r = 0; r < R; r++) {
+            vec v = load(x + r * in + i);
+            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
+        }
+    }
+    if (i < in) {
+        vec u[COLUMNS];
+        EACH (int c = 0; c < C; c++) u[c] = load_part(w + c * in + i, in - i);
+        EACH (int r = 0; r < R; r++) {
+            vec v = load_part(x + r * in + i, in - i);
+            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
+        }
+    }
+    EACH (int r = 0; r < R; r++)
+        EACH (int c = 0; c < C; c++)
+            y[r * out + c] = activate(sum(s[r][c]) + (b ? b[c] : 0), kind);
+}
+
+/* Calls TILE(R, C, ...) with constant R and C for `rows` rows left: full tiles have R = ROWS. */
+#define BY_ROWS(TILE, rows, C, ...)                   \
+    switch (rows) {                                   \
+    case 1: TILE(1, C, __VA_ARGS__); break;           \
+    case 2: TILE(2, C, __VA_ARGS__); break;           \
+    case 3: TILE(3, C, __VA_ARGS__); break;           \
+    case 4: TILE(4, C, __VA_ARGS__); break;           \
+    default: TILE(ROWS, C, __VA_ARGS__);              \
+    }
+
+/* y [n, out] = σ(x [n, in] wᵀ + b); b may be null. */
+void fl_forward(const float *x, const float *w, const float *b, long n, long in, long out, int kind, float *y)
+{
+    for (long top = 0; top < n; top += BLOCK)
+        for (long o = 0; o < out;) {
+            long wide = o + COLUMNS <= out ? COLUMNS : 1, end = smaller(top + BLOCK, n);
+            for (long r = top; r < end; r += ROWS) {
+                const float *xr = x + r * in, *wo = w + o * in, *bo = b ? b + o : 0;
+                float *yr = y + r * out + o;
+                if (wide == COLUMNS)
+                    BY_ROWS(forward_tile, end - r, COLUMNS, xr, wo, bo, in, yr, out, kind)
+                else
+                    BY_ROWS(forward_tile, end - r, 1, xr, wo, bo, in, yr, out, kind)
+            }
+            o += wide;
+        }
+}
+
+/* g = d w of R rows of d and C vectors of columns of w; the last vector may hold `part` < LANES floats. */
+INLINE void below_tile(const int R, const int C, const float *d, const float *w, long out, long in, float *g,
+                       long part)
+{
+    vec s[ROWS][COLUMNS] = {0};
+    for (long o = 0; o < out; o++) {
+        vec u[COLUMNS];
+        EACH (int c = 0; c < C; c++)
+            u[c] = part ? load_part(w + o * in, part) : load(w + o * in + c * LANES);
+        EACH (int r = 0; r < R; r++) {
+            vec v = all(d[r * out + o]);
+            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
+        }
+    }
+    EACH (int r = 0; r < R; r++)
+        EACH (int c = 0; c < C; c++)
+            if (part)
+                memcpy(g + r * in, &s[r][c], part * sizeof(float));
+            else
+                store(g + r * in + c * LANES, s[r][c]);
+}
+
+/* g [n, in] = d [n, out] w */
+void fl_below(const float *d, const float *w, long n, long in, long out, float *g)
+{
+    for (long top = 0; top < n; top += BLOCK)
+        for (long i = 0; i < in;) {
+            long left = in - i, end = smaller(top + BLOCK, n);
+            long wide = left >= COLUMNS * LANES ? COLUMNS * LANES : smaller(left, LANES);
+            for (long r = top; r < end; r += ROWS) {
+                const float *dr = d + r * out, *wi = w + i;
+                float *gr = g + r * in + i;
+                if (wide == COLUMNS * LANES)
+                    BY_ROWS(below_tile, end - r, COLUMNS, dr, wi, out, in, gr, 0)
+                else
+                    BY_ROWS(below_tile, end - r, 1, dr, wi, out, in, gr, wide == LANES ? 0 : wide)
+            }
+            i += wide;
+        }
+}
+
+/* w ← β w + α dᵀ x of R rows of w and C vectors of its columns, over n rows of d and x. */
+INLINE void step_tile(const int R, const int C, const float *d, const float *x, long n, long in, long out,
+                      float *w, float beta, float alpha, long part)
+{
+    vec s[ROWS][COLUMNS] = {0};
+    for (long k = 0; k < n; k++) {
+        vec u[COLUMNS];
+        EACH (int c = 0; c < C; c++)
+            u[c] = part ? load_part(x + k * in, part) : load(x + k * in + c * LANES);
+        EACH (int r = 0; r < R; r++) {
+            vec v = all(d[k * out + r]);
+            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
+        }
+    }
+    EACH (int r = 0; r < R; r++)
+        EACH (int c = 0; c < C; c++) {
+            float *p = w + r * in + c * LANES;
+            vec old = part ? load_part(p, part) : load(p), now = all(beta) * old + all(alpha) * s[r][c];
+            if (part)
+                memcpy(p, &now, part * sizeof(float));
+            else
+                store(p, now);
+        }
+}
+
+/* w [out, in] ← β w + α dᵀ x */
+void fl_step(const float *d, const float *x, long n, long in, long out, float *w, float beta, float alpha)
+{
+    for (long top = 0; top < n; top += BLOCK, beta = 1)
+        for (long o = 0; o < out; o += ROWS)
+            for (long i = 0; i < in;) {
+                long left = in - i, rows = smaller(BLOCK, n - top);
+                long wide = left >= COLUMNS * LANES ? COLUMNS * LANES : smaller(left, LANES);
+                const float *dt = d + top * out + o, *xt = x + top * in + i;
+                float *wt = w + o * in + i;
+                if (wide == COLUMNS * LANES)
+                    BY_ROWS(step_tile, out - o, COLUMNS, dt, xt, rows, in, out, wt, beta, alpha, 0)
+                else
+                    BY_ROWS(step_tile, out - o, 1, dt, xt, rows, in, out, wt, beta, alpha,
+                            wide == LANES ? 0 : wide)
+                i += wide;
+            }
+}
+
+/* b [out] ← β b + α Σ d */
+void fl_step_bias(const float *d, long n, long out, float *b, float beta, float alpha)
+{
+    for (long o = 0; o < out; o++)
+        b[o] *= beta;
+    for (long k = 0; k < n; k++)
+        for (long o = 0; o < out; o++)
+            b[o] += alpha * d[k * out + o];
+}
+
+/* d ← the gradient before an activation, from that after it and the activation's output h. */
+static void before_activation(float *d, const float *h, long count, int kind)
+{
+    if (kind == RELU)
+        for (long i = 0; i < count; i++)
+            d[i] = h[i] > 0 ? d[i] : 0;
+    else if (kind == SIGMOID)
+        for (long i = 0; i < count; i++)
+            d[i] *= (1 - h[i]) * h[i];
+    else if (kind == TANH)
+        for (long i = 0; i < count; i++)
+            d[i] *= 1 - h[i] * h[i];
+}
+
+/* d = (softmax(z) − onehot(y)) / n, the gradient of the mean cross-entropy by the logits z [n, classes]; row k has the label
+ * y[order[k]]. */
+static void cross_entropy(const float *z, const int64_t *y, const int64_t *order, long n, long classes, float *d)
+{
+    for (long k = 0; k < n; k++, z += classes, d += classes) {
+        float most = z[0], total = 0;
+        for (long c = 1; c < classes; c++)
+            most = z[c] > most ? z[c] : most;
+        for (long c = 0; c < classes; c++)
+            total += d[c] = expf(z[c] - most);
+        for (long c = 0; c < classes; c++)
+            d[c] = (d[c] / total - (c == y[order[k]])) / n;
+    }
+}
+
+/* v ← μ v + λ p, before a gradient is added to it. */
+static void brake(float *v, const float *p, long count, float mu, float decay)
+{
+    for (long i = 0; i < count; i++)
+        v[i] = mu * v[i] + decay * p[i];
+}
+
+static void follow(float *p, const float *v, long count, float lr)
+{
+    for (long i = 0; i < count; i++)
+        p[i] -= lr * v[i];
+}
+
+/* One client's SGD: `epochs` passes over x [n, widths[0]], y [n] in the order given, in batches of `batch`.
+ *
+ * Layer l is w[l] [widths[l + 1], widths[l]], b[l] or null, activation kinds[l]; all step in place. With momentum
+ * μ > 0 the velocities vw, vb have the shapes of w, b. scratch holds batch × (Σ widths + 2 max widths) floats, the maximum without widths[0].
+ */
+void fl_train_dense(const float *x, const int64_t *y, const int64_t *order, long n, long batch, long epochs,
+                    int layers, const long *widths, const int *kinds, float *const *w, float *const *b,
+                    float *const *vw, float *const *vb, float lr, float mu, float decay, float *scratch)
+{
+    float *hidden[layers + 1], *d, *g, *swap;
+    long widest = 0;
+    for (int l = 0; l <= layers; l++) {
+        hidden[l] = scratch;
+        scratch += batch * widths[l];
+        widest = l && widths[l] > widest ? widths[l] : widest;
+    }
+    d = scratch;
+    g = scratch + batch * widest;
+    for (long at = 0; at < epochs * n; at += smaller(batch, n - at % n)) {
+        long first = at % n, rows = smaller(batch, n - first);
+        for (long k = 0; k < rows; k++)
+            memcpy(hidden[0] + k * widths[0], x + order[first + k] * widths[0], widths[0] * sizeof(float));
+        for (int l = 0; l < layers; l++)
+            fl_forward(hidden[l], w[l], b[l], rows, widths[l], widths[l + 1], kinds[l], hidden[l + 1]);
+        cross_entropy(hidden[layers], y, order + first, rows, widths[layers], d);
+        for (int l = layers - 1; l >= 0; l--) {
+            long in = widths[l], out = widths[l + 1];
+            if (l)
+                fl_below(d, w[l], rows, in, out, g);
+            if (mu > 0) {
+                brake(vw[l], w[l], in * out, mu, decay);
+                fl_step(d, hidden[l], rows, in, out, vw[l], 1, 1);
+                follow(w[l], vw[l], in * out, lr);
+            } else
+                fl_step(d, hidden[l], rows, in, out, w[l], 1 - lr * decay, -lr);
+            if (b[l] && mu > 0) {
+                brake(vb[l], b[l], out, mu, decay);
+                fl_step_bias(d, rows, out, vb[l], 1, 1);
+                follow(b[l], vb[l], out, lr);
+            } else if (b[l])
+                fl_step_bias(d, rows, out, b[l], 1 - lr * decay, -lr);
+            if (l) {
+                before_activation(g, hidden[l], rows * in, kinds[l - 1]);
+                swap = d, d = g, g = swap;
+            }
+        }
+    }
+}
+
+/* Max pooling of relu(z), z [n, h, w, c], over 2 x 2 windows: y [n, h / 2, w / 2, c], and `which` of a window's
+ * places, row by row, holds its first maximum; NOWHERE where no value is above 0. */
+#define NOWHERE 4
+
+void fl_relu_pool(const float *z, long n, long h, long w, long c, float *y, int32_t *which)
+{
+    for (long k = 0; k < n * (h / 2) * (w / 2); k++, y += c, which += c) {
+        long image = k / ((h / 2) * (w / 2)), i = k / (w / 2) % (h / 2), j = k % (w / 2), e = 0;
+        const float *a = z + ((image * h + 2 * i) * w + 2 * j) * c, *b = a + w * c;
+        for (; e + LANES <= c; e += LANES) {
+            vec most = load(a + e), next;
+            ints at = {0}, larger;
+#define CONSIDER(from, place)                          \
+    next = load(from), larger = next > most,           \
+    most = choose(larger, next, most),                 \
+    at = (larger & (place - (ints){0})) | (~larger & at)
+            CONSIDER(a + e + c, 1);
+            CONSIDER(b + e, 2);
+            CONSIDER(b + e + c, 3);
+            ints nowhere = ~(most > 0);
+            store(y + e, choose(most < 0, (vec){0}, most));
+            *(ints *)(which + e) = (nowhere & (NOWHERE - (ints){0})) | (~nowhere & at);
+        }
+        for (; e < c; e++) {
+            const float four[] = {a[e], a[e + c], b[e], b[e + c]};
+            int32_t at = 0;
+            for (int place = 1; place < 4; place++)
+                at = four[place] > four[at] ? place : at;
+            y[e] = activate(four[at], RELU);
+            which[e] = four[at] > 0 ? at : NOWHERE;
+        }
+    }
+}
+
+/* An image with a margin of zeros: [h + 2 ph, w + 2 pw, c] from [h, w, c]. */
+static void pad(const float *x, long h, long w, long c, long ph, long pw, float *wide)
+{
+    long line = (w + 2 * pw) * c;
+    memset(wide, 0, (h + 2 * ph) * line * sizeof(float));
+    for (long i = 0; i < h; i++)
+        memcpy(wide + (ph + i) * line + pw * c, x + i * w * c, w * c * sizeof(float));
+}
+
+static void unpad(const float *wide, long h, long w, long c, long ph, long pw, float *x)
+{
+    long line = (w + 2 * pw) * c;
+    for (long i = 0; i < h; i++)
+        memcpy(x + i * w * c, wide + (ph + i) * line + pw * c, w * c * sizeof(float));
+}
+
+/* g += Σ v · (R lines of V vectors of x from an offset on), over `count` pairs of v and offset; lines lie `line`
+ * floats apart in x, `step` apart in g, and the last vector of a line counts `part` floats (0: all). */
+INLINE void patch_tile(const int R, const int V, const float *x, const float *values, const int32_t *offsets,
+                       long count, long line, float *g, long step, long part)
+{
+    vec s[5][10];
+    EACH (int r = 0; r < R; r++)
+        _Pragma("GCC unroll 10") for (int c = 0; c < V; c++) {
+            const float *at = g + r * step + c * LANES;
+            s[r][c] = part && c == V - 1 ? load_part(at, part) : load(at);
+        }
+    for (long k = 0; k < count; k++) {
+        const float *from = x + offsets[k];
+        vec v = all(values[k]);
+        EACH (int r = 0; r < R; r++)
+            _Pragma("GCC unroll 10") for (int c = 0; c < V; c++) s[r][c] += v * load(from + r * line + c * LANES);
+    }
+    EACH (int r = 0; r < R; r++)
+        _Pragma("GCC unroll 10") for (int c = 0; c < V; c++)
+            if (part && c == V - 1)
+                memcpy(g + r * step + c * LANES, &s[r][c], part * sizeof(float));
+            else
+                store(g + r * step + c * LANES, s[r][c]);
+}
+
+/* g [lines, wide] += Σ v · (the lines of x that begin at each offset); tiles of up to 20 vectors. */
+static void patch_sum(const float *x, const float *values, const int32_t *offsets, long count, long line,
+                      long lines, long wide, float *g)
+{
+    for (long i = 0; i < wide;) {
+        long left = wide - i, v = left >= 10 * LANES ? 10 : left > 3 * LANES ? 4 : left > LANES ? 2 : 1;
+        long part = left < v * LANES ? left - (v - 1) * LANES : 0;
+        for (long r = 0; r < lines;) {
+            long high = v < 10 && lines - r >= 5 ? 5 : lines - r >= 2 ? 2 : 1;
+            const float *xr = x + r * line + i;
+            float *gr = g + r * wide + i;
+#define PATCH(R, V) \
+    if (high == R && v == V) patch_tile(R, V, xr, values, offsets, count, line, gr, wide, part)
+            PATCH(1, 1); PATCH(2, 1); PATCH(5, 1);
+            PATCH(1, 2); PATCH(2, 2); PATCH(5, 2);
+            PATCH(1, 4); PATCH(2, 4); PATCH(5, 4);
+            PATCH(1, 10); PATCH(2, 10);
+            r += high;
+        }
+        i += v * LANES;
+    }
+}
+
+/* The lines of g that begin at an offset += v · w [lines, wide]; lines lie `line` floats apart in g. */
+static void patch_add(const float *w, float v, long line, long lines, long wide, float *g)
+{
+    for (long r = 0; r < lines; r++, g += line, w += wide) {
+        long i = 0;
+        EACH (; i + LANES <= wide; i += LANES) store(g + i, load(g + i) + all(v) * load(w + i));
+        for (; i < wide; i++)
+            g[i] += v * w[i];
+    }
+}
+
+/* Backward through max pooling of the ReLU of a convolution with stride 1: of a window's four places one at most
+ * has a gradient, so sums run over those alone, a quarter of the places or fewer.
+ *
+ * x [n, h, w, in] went into the convolution with weights wt [out, kh, kw, in] and padding ph, pw; d [n, p, q, out]
+ * is the gradient by the pooled output, `which` as from fl_relu_pool. Gives gx like x (null: not wanted), gw like
+ * wt, gb [out]. Room: wide, gwide for a padded image [h + 2 ph, w + 2 pw, in] and LANES floats, values and offsets
+ * for out · p · q. Images go one after the other, each of which stays in the first cache.
+ */
+void fl_conv_pool_back(const float *x, const float *wt, const float *d, const int32_t *which, long n, long h,
+                       long w, long in, long out, long kh, long kw, long ph, long pw, float *gx, float *gw,
+                       float *gb, float *wide, float *gwide, float *values, int32_t *offsets)
+{
+    long line = (w + 2 * pw) * in, image = (h + 2 * ph) * line, patch = kh * kw * in, count[out];
+    long p = (h + 2 * ph - kh + 1) / 2, q = (w + 2 * pw - kw + 1) / 2, most = p * q;
+    memset(gw, 0, out * patch * sizeof(float));
+    memset(gb, 0, out * sizeof(float));
+    memset(wide + image, 0, LANES * sizeof(float));
+    for (long k = 0; k < n; k++, d += most * out, which += most * out) {
+        memset(count, 0, sizeof count);
+        for (long at = 0; at < most; at++) {
+            int32_t corner = at / q * 2 * line + at % q * 2 * in;
+            int32_t place[NOWHERE] = {corner, corner + in, corner + line, corner + line + in};
+            for (long o = 0; o < out; o++)
+                if (which[at * out + o] != NOWHERE) {
+                    long next = o * most + count[o]++;
+                    values[next] = d[at * out + o];
+                    offsets[next] = place[which[at * out + o]];
+                    gb[o] += d[at * out + o];
+                }
+        }
+        pad(x + k * h * w * in, h, w, in, ph, pw, wide);
+        for (long o = 0; o < out; o++)
+            patch_sum(wide, values + o * most, offsets + o * most, count[o], line, kh, kw * in, gw + o * patch);
+        if (!gx)
+            continue;
+        memset(gwide, 0, image * sizeof(float));
+        for (long o = 0; o < out; o++)
+            for (long e = o * most; e < o * most + count[o]; e++)
+                patch_add(wt + o * patch, values[e], line, kh, kw * in, gwide + offsets[e]);
+        unpad(gwide, h, w, in, ph, pw, gx + k * h * w * in);
+    }
+}

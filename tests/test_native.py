@@ -1,0 +1,202 @@
+"""The compiled kernels against PyTorch, and what happens where there is no compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fltoolkit import models
+from fltoolkit.errors import InputError
+from fltoolkit.loss import cross_entropy
+from fltoolkit.training.engines import choose, native
+from fltoolkit.training.engines.base import each_on_its_core
+from fltoolkit.training.engines.fused import _PooledConv2d, join_with_pool
+from fltoolkit.types import Examples, Layout, LocalSpec
+
+compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+CHANNELS_LAST = {"memory_format": torch.channels_last}
+
+SIZES = [(1, 1, 1), (4, 8, 3), (5, 16, 4), (10, 24, 10), (41, 70, 13), (83, 129, 21)]
+"""Rows n, inputs, outputs: less and more than a tile, a vector and a block."""
+
+
+def near(a, b):
+    a, b = a.detach(), b.detach()
+    return (a - b).abs().max() <= 2e-6 * max(1.0, float(b.abs().max()))
+
+
+@compiled
+@pytest.mark.parametrize(("n", "inputs", "outputs"), SIZES)
+def test_products_are_those_of_torch(n, inputs, outputs):
+    g = torch.Generator().manual_seed(n)
+    x, w, d = (torch.rand(s, generator=g) for s in ((n, inputs), (outputs, inputs), (n, outputs)))
+    b = torch.rand(outputs, generator=g)
+    assert near(native.forward(x, w, b), F.linear(x, w, b))
+    assert near(native.forward(x, w, None), F.linear(x, w))
+    assert near(native.below(d, w), d @ w)
+    stepped, bias = w.clone(), b.clone()
+    native.step(d, x, stepped, bias, 0.5, -0.25)
+    assert near(stepped, 0.5 * w - 0.25 * d.T @ x)
+    assert near(bias, 0.5 * b - 0.25 * d.sum(0))
+
+
+@compiled
+@pytest.mark.parametrize("channels", [(1, 32), (32, 48), (3, 5), (20, 7)])
+@pytest.mark.parametrize(("kernel", "padding", "side"), [(5, 2, 8), (3, 0, 9), ((1, 2), (0, 1), 7)])
+def test_a_convolution_with_its_pooling_is_that_of_torch(channels, kernel, padding, side):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*channels, kernel, padding=padding).to(**CHANNELS_LAST)
+    chain = nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
+    x = torch.randn(3, channels[0], side, side).contiguous(**CHANNELS_LAST).requires_grad_()
+    found = []
+    for joined in (False, True):
+        if joined:
+            join_with_pool(chain, {"0"})
+            assert isinstance(chain[0], _PooledConv2d)
+        y = chain(x)
+        weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)
+        found.append([y, *torch.autograd.grad((weights * y).sum(), [x, *conv.parameters()])])
+    assert float(found[0][0].detach().abs().max()) > 0.1
+    assert all(near(ours, theirs) for theirs, ours in zip(*found, strict=True))
+
+
+@compiled
+def test_of_equal_maxima_the_first_has_the_gradient_and_zero_has_none():
+    z = torch.zeros(1, 16, 2, 4).contiguous(**CHANNELS_LAST)
+    z[..., 2:] = 3.0
+    y, which = native.relu_pool(z)
+    assert torch.equal(y[0, 0], torch.tensor([[0.0, 3.0]]))
+    assert torch.equal(which[0, 0], torch.tensor([[4, 0]], dtype=torch.int32))
+
+
+@compiled
+def test_nan_is_not_pooled_away():
+    y, _ = native.relu_pool(torch.full((1, 17, 2, 2), float("nan")).contiguous(**CHANNELS_LAST))
+    assert y.isnan().all()
+
+
+def test_only_what_the_kernel_computes_is_joined():
+    def chain(conv, pool, relu=None):
+        layers = nn.Sequential(conv, relu or nn.ReLU(), pool)
+        join_with_pool(layers, {"0"})
+        return type(layers[0])
+
+    plain, half = nn.Conv2d(2, 2, 3), nn.MaxPool2d(2)
+    assert chain(plain, half) is _PooledConv2d
+    for conv in (
+        nn.Conv2d(2, 2, 3, stride=2),
+        nn.Conv2d(2, 2, 3, dilation=2),
+        nn.Conv2d(2, 2, 3, groups=2),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(2, 2, 3, padding="same"),
+    ):
+        assert chain(conv, half) is nn.Conv2d
+    for pool in (nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.AvgPool2d(2)):
+        assert chain(nn.Conv2d(2, 2, 3), pool) is nn.Conv2d
+    assert chain(nn.Conv2d(2, 2, 3), half, nn.Tanh()) is nn.Conv2d
+    unnamed = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), half)
+    join_with_pool(unnamed, {"1"})
+    assert type(unnamed[0]) is nn.Conv2d
+
+
+def cohort(shape=(1, 8, 8)):
+    g = torch.Generator().manual_seed(0)
+    return [Examples(torch.rand(n, *shape, generator=g), torch.arange(n) % 4) for n in (45, 1, 30)]
+
+
+@pytest.mark.parametrize("name", ["2nn", "cnn"])
+def test_without_kernels_the_numbers_are_the_same(name, monkeypatch):
+    net = models.build(name, (1, 8, 8), 4, torch.Generator().manual_seed(0))
+    row, local, rows = Layout.of(net).row(net), LocalSpec(2, 7, 0.1), []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(native, "library", lambda: None)
+        engine = choose(net, cross_entropy, (1, 8, 8))
+        rows.append(engine(row, cohort(), local, [np.random.default_rng(k) for k in range(3)]))
+    assert engine.name == {"2nn": "batched", "cnn": "looped"}[name]
+    assert rows[1].abs().max() > 1e-2
+    assert (rows[0] - rows[1]).abs().max() < 1e-4 * rows[1].abs().max()
+
+
+@compiled
+def test_an_engine_says_why_it_cannot_have_kernels(monkeypatch):
+    net = models.build("2nn", (4,), 2, torch.Generator())
+    assert choose(net, cross_entropy, (4,)).name == "compiled"
+    with pytest.raises(InputError, match="not float32 on a CPU"):
+        choose(net.double(), cross_entropy, (4,), "compiled")
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(InputError, match="no C compiler, or FLTOOLKIT_NATIVE is 0"):
+        choose(net.float(), cross_entropy, (4,), "compiled")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """`native.library` as a new process finds it, with an empty cache."""
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setattr(native, "user_cache_path", lambda *_, **__: tmp_path)
+    return native.library.__wrapped__
+
+
+@compiled
+def test_kernels_are_compiled_once_and_leave_nothing_else(fresh, tmp_path, monkeypatch):
+    assert fresh() is not None
+    (made,) = tmp_path.iterdir()
+    assert made.suffix == ".so"
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert fresh() is not None
+
+
+def test_switched_off_without_compiler_or_when_it_fails_there_are_no_kernels(fresh, tmp_path, monkeypatch):
+    failing = tmp_path / "cc"
+    failing.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CC", str(failing))
+    assert fresh() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["cc"]
+    monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    assert fresh() is None
+    monkeypatch.undo()
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert fresh() is None
+
+
+def test_the_switch_reaches_the_engines():
+    code = (
+        "import torch; from fltoolkit import models, loss; from fltoolkit.training.engines import choose;"
+        "print(choose(models.build('2nn', (4,), 2, torch.Generator()), loss.cross_entropy, (4,)).name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={native.SWITCH: "0"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "batched"
+
+
+def test_work_is_shared_with_other_threads_and_its_errors_come_back():
+    before, seen = torch.get_num_threads(), {}
+    both = threading.Barrier(2, timeout=20)
+
+    def work(item):
+        seen[item] = (threading.get_ident(), torch.get_num_threads())
+        both.wait()
+
+    each_on_its_core(work, range(6), 2)
+    assert sorted(seen) == list(range(6))
+    assert len({thread for thread, _ in seen.values()}) == 2
+    assert {threads for _, threads in seen.values()} == {1}
+    assert torch.get_num_threads() == before
+
+    def fail(item):
+        both.wait()
+        if threading.get_ident() != threading.main_thread().ident:
+            raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item"):
+        each_on_its_core(fail, range(2), 2)
+    assert torch.get_num_threads() == before
