@@ -23,7 +23,7 @@ from fltoolkit.types import Examples, Layout, LocalSpec
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 CHANNELS_LAST = {"memory_format": torch.channels_last}
 
-SIZES = [(1, 1, 1), (4, 8, 3), (5, 16, 4), (10, 24, 10), (41, 70, 13), (83, 129, 21)]
+SIZES = [(1, 1, 1), (4, 8, 3), (5, 16, 4), (10, 24, 10), (41, 70, 13), (83, 129, 21), (10, 4100, 27)]
 """Rows n, inputs, outputs: less and more than a tile, a vector and a block."""
 
 
@@ -52,7 +52,9 @@ def test_products_are_those_of_torch(n, inputs, outputs):
 @pytest.mark.parametrize(("kernel", "padding", "side"), [(5, 2, 8), (3, 0, 9), ((1, 2), (0, 1), 7)])
 def test_a_convolution_with_its_pooling_is_that_of_torch(channels, kernel, padding, side):
     torch.manual_seed(0)
-    conv = nn.Conv2d(*channels, kernel, padding=padding).to(**CHANNELS_LAST)
+    conv = nn.Conv2d(*channels, kernel, padding=padding)
+    if channels[0] > 1:  # of one channel, memory is both channels-last and not
+        conv.to(**CHANNELS_LAST)
     chain = nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
     x = torch.randn(3, channels[0], side, side).contiguous(**CHANNELS_LAST).requires_grad_()
     found = []
@@ -200,3 +202,20 @@ def test_work_is_shared_with_other_threads_and_its_errors_come_back():
     with pytest.raises(ValueError, match="item"):
         each_on_its_core(fail, range(2), 2)
     assert torch.get_num_threads() == before
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.rand(3, 7), torch.zeros(3, dtype=torch.int64), "inputs of 7 values for a layer of 4"),
+        (torch.rand(3, 4), torch.tensor([0, 1, 2]), "labels must be 3 classes from 0 to 1"),
+        (torch.rand(3, 4), torch.tensor([0, -1, 1]), "labels must be 3 classes from 0 to 1"),
+        (torch.rand(3, 4), torch.rand(3, 2), "labels must be 3 classes from 0 to 1"),
+    ],
+)
+def test_what_would_read_foreign_memory_is_refused(x, y, message):
+    net = models.build("2nn", (4,), 2, torch.Generator())
+    engine = choose(net, cross_entropy, (4,), "compiled")
+    with pytest.raises(ValueError, match=message):
+        engine(Layout.of(net).row(net), [Examples(x, y)], LocalSpec(1, 2, 0.1), [np.random.default_rng(0)])

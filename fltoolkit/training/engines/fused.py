@@ -33,7 +33,7 @@ class _Descend(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.beta, ctx.alpha = beta, alpha
-        if x.dim() == 2 and native.fits(x, weight):
+        if x.dim() == 2 and x.shape[1] == weight.shape[1] and native.fits(x, weight):
             return native.forward(x, weight, bias)
         return F.linear(x, weight, bias)
 
@@ -97,7 +97,8 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-        y, which = native.relu_pool(F.conv2d(x, weight, bias, padding=padding))
+        z = F.conv2d(x, weight, bias, padding=padding).contiguous(memory_format=torch.channels_last)
+        y, which = native.relu_pool(z)
         ctx.save_for_backward(x, weight, which)
         ctx.padding = padding
         return y

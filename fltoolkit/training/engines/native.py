@@ -177,6 +177,10 @@ def train_dense(
     """One client's SGD, in place, on x `[n, in]`, y `[n]` in the order `[n]` of their indices: the layers'
     weights `[out, in]` and biases `[out]`, and, with momentum, their velocities (else none are given)."""
     widths = [x.shape[1], *(len(w) for w, _ in layers)]
+    if [w.shape[1] for w, _ in layers] != widths[:-1]:
+        raise ValueError(f"inputs of {widths[0]} values for a layer of {layers[0][0].shape[1]}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64 or not 0 <= int(y.min()) <= int(y.max()) < widths[-1]:
+        raise ValueError(f"labels must be {len(x)} classes from 0 to {widths[-1] - 1}")
     batch = min(batch, len(x))
     scratch = x.new_empty(batch * (sum(widths) + 2 * max(widths[1:])))
 

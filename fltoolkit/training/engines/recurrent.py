@@ -6,7 +6,6 @@ step forward and five backward, where autograd needs about fifteen and forty; To
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -144,12 +143,3 @@ def speed_up(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) in FASTER:
             layer.__class__ = FASTER[type(layer)]
-
-
-def fast(model: nn.Module) -> nn.Module:
-    """A copy of `model` with the faster forward pass, or `model` itself where nothing is to be swapped."""
-    if not any(type(m) in FASTER for m in model.modules()):
-        return model
-    copy = deepcopy(model)
-    speed_up(copy)
-    return copy
