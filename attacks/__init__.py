@@ -4,6 +4,7 @@
 ATTACKS = {
     "dlfa": "attacks.dlfa:DLFA",
     "dlg": "attacks.dlg:DLG",
+    "features": "attacks.features:Features",
     "generative": "attacks.generative:Generative",
     "gradinversion": "attacks.gradinversion:GradInversion",
     "idlg": "attacks.idlg:IDLG",

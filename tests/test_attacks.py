@@ -14,6 +14,7 @@ from fltoolkit.errors import InputError
 ATTACKS = {
     "dlfa": "dlfa:steps=150,restarts=2",
     "dlg": "dlg:steps=150",
+    "features": "features:steps=60",
     "generative": "generative:steps=20,training=20",
     "idlg": "idlg:steps=150",
     "gradinversion": "gradinversion:steps=150,restarts=2",
@@ -59,7 +60,7 @@ def test_contract(name):
     assert all(torch.equal(v, getattr(seen, k)) for k, v in before.items())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert torch.equal(found.x, attack(seen, seeded()).x)
-    assert not torch.equal(found.x, attack(seen, seeded(1)).x)
+    assert torch.equal(found.x, attack(seen, seeded(1)).x) == (name == "features")
 
 
 @pytest.mark.parametrize("name", SEARCHES)

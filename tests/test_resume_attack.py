@@ -28,6 +28,7 @@ SEARCHES = {
     "sme": "sme:steps=150,restarts=3",
 }
 OTHERS = {
+    "features": "features:steps=5",
     "generative": "generative:steps=5,training=5",
     "learned": "learned:steps=5,simulations=64,hidden=8",
 }

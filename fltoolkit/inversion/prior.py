@@ -8,6 +8,7 @@ which their updates are taken and the number of the problem `[S]` that each belo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,17 @@ def total_variation(x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
 def norm(x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
     """Mean over the batch of ‖x_n‖₂, `[S]` (Yin et al. 2021, arXiv:2104.07586, eq. 9)."""
     return x.flatten(2).norm(dim=2).mean(1)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Mean squared distance of the inputs from the range low..high, `[S]`."""
+
+    low: float
+    high: float
+
+    def __call__(self, x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
+        return (x - x.clamp(self.low, self.high)).square().flatten(1).mean(1)
 
 
 class BatchNormStatistics:

@@ -1,0 +1,150 @@
+"""Unmixing the last layer's gradient, and the attack that inverts what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import observe, plain_gradient, tiny_model
+from torch import nn
+
+from fltoolkit import models, registry
+from fltoolkit.audit import Scene, Stage
+from fltoolkit.data import Dataset
+from fltoolkit.data.photos import three_photographs
+from fltoolkit.inversion.prior import Outside, total_variation
+from fltoolkit.inversion.spectrum import Spectrum
+from fltoolkit.inversion.unmixing import FeatureSearch, unmixing
+from fltoolkit.types import Examples, Layout, LocalSpec
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(labels, classes=6):
+    g = torch.Generator().manual_seed(3)
+    model = tiny_model(classes=classes)
+    data = Examples(torch.rand(len(labels), 1, 5, 5, generator=g), torch.tensor(labels))
+    return model, data, observe(model, data, num_classes=classes)
+
+
+def unmixed(seen, labels):
+    weight = seen.layout.unflatten(seen.gradient)["3.weight"]
+    return unmixing(seen, labels) @ weight
+
+
+def test_features_of_different_labels_come_out_one_by_one():
+    model, data, seen = batch([4, 0, 2])
+    assert (unmixed(seen, data.y) - model[:3](data.x)[[1, 2, 0]]).abs().max() < 1e-4
+
+
+def test_examples_of_one_label_stay_a_mean():
+    model, data, seen = batch([1, 3, 1, 0])
+    features = model[:3](data.x)
+    found, single = unmixed(seen, data.y), features[[3, 0, 1]]
+    mean = torch.stack([features[3], features[[0, 2]].mean(0), features[1]])
+    assert (found - mean).abs().max() < 0.02
+    assert (found - single).abs().max() > 0.1
+
+
+def test_the_search_has_the_gradient_that_autograd_has():
+    model, data, seen = batch([4, 0])
+    gray = torch.full((2, 1, 5, 5), 0.5)
+    goal = FeatureSearch(seen, gray, [(0.3, total_variation), (2.0, Outside(0.0, 1.0))])
+    goal.wanted = model[:3](data.x).detach()
+    z = (3 * torch.rand(2, 25, generator=seeded()) - 1).requires_grad_()
+    loss, gradient = goal(z, torch.arange(2))
+    x = z.view(2, 1, 5, 5)
+    apart = (model[:3](x) - goal.wanted).square().sum(1)
+    plain = apart / (goal.wanted - model[:3](gray)).square().sum(1)
+    tv = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
+    tv = tv + (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+    outside = (torch.relu(-x) + torch.relu(x - 1)).square().mean((1, 2, 3))
+    plain = plain + 0.3 * tv + 2 * outside
+    (expected,) = torch.autograd.grad(plain.sum(), z)
+    assert torch.allclose(loss, plain, rtol=1e-5)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    at_gray = FeatureSearch(seen, gray, [])
+    at_gray.wanted = goal.wanted
+    assert torch.allclose(at_gray(gray.flatten(1), torch.arange(2))[0], torch.ones(2))
+
+
+def photographs(count, local, model="convnet16"):
+    data = Dataset("photographs", Examples(three_photographs(count), torch.arange(count)), None, 10)
+    stage = Stage(Scene(data=data, model=model, batch=count, local=local, frozen_norm=True))
+    transcript, public = stage.round(0)
+    return stage.threat.observe(transcript, 0, public), transcript.truth[0]
+
+
+def psnr(found, truth):
+    order = [int((found.y == c).nonzero()[0, 0]) for c in truth.y]
+    return -10 * (found.x.clamp(0, 1)[order] - truth.x).square().mean((1, 2, 3)).log10()
+
+
+def test_a_deep_network_gives_more_of_a_photograph_by_its_features_than_by_its_gradient():
+    """Photograph 0 of ConvNet-16, at 60 iterations each; a gray image has 10.0 dB."""
+    seen, truth = photographs(1, LocalSpec(1, None, 0.01))
+    sides = [registry.make_attack(s)(seen, seeded()) for s in ("features:steps=60", "inverting:steps=60")]
+    ours, theirs = (float(psnr(f, truth)[0]) for f in sides)
+    assert ours > 12
+    assert ours > theirs + 1
+
+
+@pytest.fixture(scope="module")
+def several():
+    return photographs(3, LocalSpec(1, 1, 0.01))
+
+
+def test_local_steps_are_played_again_in_the_order_that_explains_them(several):
+    seen, truth = several
+    found = registry.make_attack("features:steps=60,turns=2")(replace(seen, labels=None), seeded())
+    once = registry.make_attack("features:steps=60,turns=1")(replace(seen, local=None), seeded())
+    assert sorted(found.y.tolist()) == sorted(truth.y.tolist())
+    assert psnr(found, truth).mean() > 12
+    assert psnr(found, truth).mean() > psnr(once, truth).mean() + 2
+
+
+def test_a_clip_hides_the_scale_and_little_else(several):
+    seen, truth = several
+    norm = 0.5 * float(seen.update.norm())
+    clipped = replace(seen, update=0.5 * seen.update, defenses=({"name": "clip", "norm": norm},))
+    spec = "features:steps=60,turns=2"
+    open_, blind, fooled = (
+        registry.make_attack(s)(o, seeded())
+        for s, o in ((spec, seen), (spec, clipped), (f"{spec},adapt=false", clipped))
+    )
+    assert "up to scale" in blind.adaptation
+    assert not open_.adaptation
+    assert psnr(blind, truth).mean() > psnr(open_, truth).mean() - 1
+    assert psnr(fooled, truth).mean() < psnr(blind, truth).mean() - 2
+
+
+def test_what_cannot_be_searched_ends_at_once():
+    _, _, seen = batch([0, 1])
+    broken = replace(seen, update=torch.full_like(seen.update, torch.nan))
+    with pytest.raises(Exception, match="finite"):
+        registry.make_attack("features")(broken, seeded())
+
+
+def test_colour_is_held_back_by_a_symmetric_positive_map():
+    metric, v = Spectrum((3, 4, 4), 48, 0.8, chroma=0.5), torch.randn(20, 48)
+    gram = v @ metric(v).T
+    assert torch.allclose(gram, gram.T, atol=1e-4)
+    assert (gram.diagonal() > 0).all()
+    flat = Spectrum((3, 4, 4), 48, 0.0, chroma=0.5)
+    gray = torch.randn(1, 1, 4, 4).expand(1, 3, 4, 4).reshape(1, 48)
+    colour = torch.cat([gray[:, :16], -gray[:, :16], 0 * gray[:, :16]], 1)
+    assert torch.allclose(flat(gray), gray, atol=1e-6)
+    assert torch.allclose(flat(colour), colour / 4, atol=1e-6)
+
+
+def test_softmax_regression_is_its_own_features():
+    """Where inputs enter the last layer, unmixing is the whole reconstruction."""
+    model = models.build("softmax", (1, 5, 5), 6, torch.Generator().manual_seed(0))
+    assert isinstance(model[-1], nn.Linear)
+    data = Examples(torch.rand(3, 1, 5, 5, generator=seeded(2)), torch.tensor([5, 1, 2]))
+    seen = observe(model, data, num_classes=6, layout=Layout.of(model), update=-plain_gradient(model, data))
+    found = registry.make_attack("features:tv=0,steps=300")(seen, seeded())
+    assert psnr(found, data).min() > 30
