@@ -144,7 +144,7 @@ def fedavg(options: argparse.Namespace) -> dict[str, Any]:
     data = images(options.data)
     victims = in_order(data, options.model, options, 4, FEDAVG)
     blind = [(replace(o, labels=None), t) for o, t in victims]
-    sides = {"ours": search(BETTER, blind, data, options.seed, steps=options.iterations)}
+    sides = {"ours": search("features", blind, data, options.seed, steps=options.iterations)}
     if breaching.available():
         sides["breaching"] = rival("invertinggradients", victims, data, options.iterations, options.seed)
     return {"victims": len(victims), "model": options.model, "sides": sides}

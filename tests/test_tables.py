@@ -192,6 +192,22 @@ def test_cells_of_one_setting_share_a_run(cell, tmp_path):
     assert high["shared_with"] == "b/f.json"
 
 
+def test_a_full_gradient_is_run_once_for_all_partitions(cell, tmp_path):
+    """C = 1, E = 1, B = ∞ is gradient descent on all examples, whoever holds them; nothing less is."""
+    effort = run.Effort(budget=5, resolution=1)
+    full = replace(cell, C=1.0, E=1, B=None, partition="iid")
+    run.run_cell(full, effort, tmp_path / "a", silent)
+    twin = run.run_cell(replace(full, id="d", partition="shards"), effort, tmp_path / "a", silent)
+    assert (twin["shared_with"], twin["cell"]["partition"]) == ("a/c.json", "shards")
+    for changes in ({"C": 0.5}, {"E": 2}, {"B": 10}):
+        part = replace(full, id="e", **changes)
+        run.run_cell(part, effort, tmp_path / "b", silent)
+        other = run.run_cell(replace(part, id="f", partition="shards"), effort, tmp_path / "b", silent)
+        assert "shared_with" not in other
+        for made in (tmp_path / "b").iterdir():
+            made.unlink()
+
+
 def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):
     result = run.run_cell(cell, run.Effort(budget=40, resolution=1, probe=3), tmp_path, silent)
     assert {r["ran"] for r in result["probes"]} == {3}
