@@ -42,9 +42,10 @@ from fltoolkit.types import Observation, Reconstruction
 class Features(Attack):
     """Match the features of each class under a prior of natural images.
 
-    steps: iterations of L-BFGS in all. turns: into how many parts they fall, with local training played again
-    before each. orders: of labels that are tried where a client took several steps, all of them where there
-    are no more. history: L-BFGS pairs. spectrum, chroma: as in `Spectrum`. tv: weight of total variation.
+    steps: evaluations in all: of the objective, line searches included, and of local steps played again.
+    turns: into how many parts the search falls, with local training played again before each. orders: of
+    labels that are tried where a client took several steps, all of them where there are no more. history:
+    L-BFGS pairs. spectrum, chroma: as in `Spectrum`. tv: weight of total variation.
     outside: of the mean squared distance from the input range. labels: how labels are inferred where they are
     unknown. adapt: take the defenses into account.
     """
@@ -78,22 +79,23 @@ class Features(Attack):
         blind = self.adapt and not keeps_length(o)
         gray = o.params.new_full((len(replay.seen), *o.input_shape), sum(o.input_range) / 2)
         goal = FeatureSearch(o, gray, self._priors(o))
-        x, trace = gray, list[Tensor]()
+        x, trace, spent = gray, list[Tensor](), 0
+        most = max(self.turns, self.steps - replay.planned(self.turns + 1))
         for turn in range(self.turns):
             goal.wanted = goal.features(x).detach() + replay.unexplained(x, blind)[0]
-            x, losses = self._descend(goal, x, self.steps * (turn + 1) // self.turns - len(trace))
-            trace += losses
+            x, losses, used = self._descend(goal, x, most * (turn + 1) // self.turns - spent)
+            trace, spent = trace + losses, spent + used
         left = replay.unexplained(x, blind)[1]
         return Reconstruction(
             x=x[replay.member],
             y=y,
             loss=float(left),
-            trace=torch.stack(trace[:1] + trace) if trace else torch.full((1,), torch.nan),
+            trace=torch.stack(trace[:1] + trace),
             restart_losses=left[None],
             iterations=len(trace),
-            evaluations=len(trace) + replay.played,
+            evaluations=spent + replay.played,
             seconds=time.perf_counter() - begun,
-            note="stopped at the last allowed iteration" if len(trace) == self.steps else "no descent left",
+            note="stopped at the last allowed evaluation" if spent >= most else "no descent left",
             adaptation="features known up to scale, for the defenses" if blind else "",
             diagnosis=diagnose(o, float(left), 1.0),
         )
@@ -103,15 +105,18 @@ class Features(Attack):
         wide = high - low
         return [(self.tv / wide, total_variation), (self.outside / wide**2, Outside(low, high))]
 
-    def _descend(self, goal: FeatureSearch, x: Tensor, steps: int) -> tuple[Tensor, list[Tensor]]:
-        """The inputs `[S, *shape]` after at most so many iterations, and the mean objective after each."""
+    def _descend(self, goal: FeatureSearch, x: Tensor, most: int) -> tuple[Tensor, list[Tensor], int]:
+        """The inputs `[S, *shape]` after at most so many evaluations (one iteration at least), the mean
+        objective after each iteration, and the evaluations made."""
         z = x.flatten(1)
         metric = Spectrum(tuple(x.shape[1:]), z.shape[1], self.spectrum, self.chroma)
         search, losses = LBFGS(goal, z, self.history, metric), list[Tensor]()
-        while len(losses) < steps and not search.stalled.all():
+        while not losses or search.evaluations < most * len(z):
             search.step()
             losses.append(search.loss.mean().cpu())
-        return search.z.view_as(x), losses
+            if search.stalled.all():
+                break
+        return search.z.view_as(x), losses, -(-search.evaluations // len(z))
 
 
 class _Replay:
@@ -132,6 +137,10 @@ class _Replay:
         if o.local is not None and self._steps > 1:
             self._update = local_steps(self._update, o.local, o.clients)
         self._orders = _orders(len(y), orders, rng) if self._steps > 1 else [torch.arange(len(y))]
+
+    def planned(self, times: int) -> int:
+        """Local steps that so many calls of `unexplained` play."""
+        return self._steps * (len(self._orders) + times - 1)
 
     def unexplained(self, x: Tensor, blind: bool) -> tuple[Tensor, Tensor]:
         """The features `[m, features]` that the update has beyond that of the inputs x `[m, *shape]`, one a

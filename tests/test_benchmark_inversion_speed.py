@@ -66,16 +66,16 @@ def test_bad_numbers_are_refused(tmp_path):
         speed.main(["--victims", "0", "--out", str(tmp_path / "x.json")])
 
 
-@pytest.mark.parametrize("spec", [SMOOTH, BETTER])
+@pytest.mark.parametrize("spec", [SMOOTH, BETTER, "features"])
 def test_ours_beside_a_rival_keeps_to_its_evaluations(spec):
     (o, _), *_ = speed.in_order(images("photos"), "lenet", OPTIONS)
     assert 48 <= ours(spec, o, 50, 0, 0).iterations <= 53
 
 
 def test_fedavg_is_told_no_labels():
-    options = argparse.Namespace(victims=1, seed=0, data="photos", model="lenet", iterations=3)
+    options = argparse.Namespace(victims=1, seed=0, data="photos", model="lenet", iterations=150)
     case = speed.fedavg(options)
-    assert case["sides"]["ours"]["evaluations"] == 4
+    assert 140 <= case["sides"]["ours"]["evaluations"] <= 165
     (o, truth), *_ = speed.in_order(images("photos"), "lenet", options, 4, FEDAVG)
     assert (o.local_steps, len(truth)) == (4, 4)
     assert speed.named("convnet", "convnet16") == "convnet16"
