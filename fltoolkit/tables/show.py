@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,22 @@ def _speedup(base: float | None, rounds: float | None) -> str:
 
 
 def _nearness(table: Table, results: Results) -> str:
-    """How many cells are within a factor of the paper's; a dash agrees with a dash only."""
+    """How many cells are within a factor of the paper's, a dash agreeing with a dash only; and how many of
+    those for which the paper has a number."""
     ran = [c for c in table.cells if c.id in results]
-    near = sum(_is_near(c, results[c.id]["rounds"]) for c in ran)
-    share = f" ({near / len(ran):.0%})" if ran else ""
-    return f"{len(ran)} of {len(table.cells)} cells run; {near}{share} within {NEAR}x of the paper's rounds."
+    near = [c for c in ran if _is_near(c, results[c.id]["rounds"])]
+    text = (
+        f"{len(ran)} of {len(table.cells)} cells run; {_part(near, ran)} within {NEAR}x of the paper's rounds"
+    )
+    counted = [c for c in ran if c.paper_rounds is not None]
+    if len(counted) < len(ran):
+        known = [c for c in near if c.paper_rounds is not None]
+        text += f", {_part(known, counted)} of the {len(counted)} for which it has a number"
+    return text + "."
+
+
+def _part(some: Sequence[Cell], all_: Sequence[Cell]) -> str:
+    return f"{len(some)} ({len(some) / len(all_):.0%})" if all_ else "0"
 
 
 def _is_near(cell: Cell, ours: float | None) -> bool:
