@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import islice, permutations
+from itertools import permutations
 from math import factorial
 from typing import ClassVar
 
@@ -171,7 +171,7 @@ class _Replay:
 def _orders(count: int, most: int, rng: torch.Generator) -> list[Tensor]:
     """Orders `[count]`: all where there are no more than `most`, else random ones."""
     if count <= 12 and factorial(count) <= most:
-        return [torch.tensor(p) for p in islice(permutations(range(count)), most)]
+        return [torch.tensor(p) for p in permutations(range(count))]
     return [torch.randperm(count, generator=rng) for _ in range(most)]
 
 

@@ -23,7 +23,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from inversion_rival import BETTER, FEDAVG, STEP, images, theirs, told
+from inversion_rival import FEDAVG, STEP, images, theirs, told
 from rivals import inversion_breaching as breaching
 
 from fltoolkit import registry
@@ -41,6 +41,7 @@ from fltoolkit.rng import torch_stream
 from fltoolkit.scoring import score
 from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
+BETTER = "inverting:lr=0.3,decay=cosine"
 RESULT = Path(__file__).parent / "results" / "inversion_speed.json"
 IDLG = "idlg:restarts=1,steps=400,spectrum=0.5,start_std=0.02"
 PLAIN = "idlg:restarts=1,steps=2000"

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import inversion_speed as speed
-from inversion_rival import BETTER, FEDAVG, SMOOTH, images, ours
+from inversion_rival import FEDAVG, SMOOTH, images, ours
 
 from fltoolkit.data import load
 from fltoolkit.inversion.matching import Objective
@@ -66,7 +66,7 @@ def test_bad_numbers_are_refused(tmp_path):
         speed.main(["--victims", "0", "--out", str(tmp_path / "x.json")])
 
 
-@pytest.mark.parametrize("spec", [SMOOTH, BETTER, "features"])
+@pytest.mark.parametrize("spec", [SMOOTH, speed.BETTER, "features"])
 def test_ours_beside_a_rival_keeps_to_its_evaluations(spec):
     (o, _), *_ = speed.in_order(images("photos"), "lenet", OPTIONS)
     assert 48 <= ours(spec, o, 50, 0, 0).iterations <= 53

@@ -108,6 +108,11 @@ RECIPES = {
 @pytest.mark.parametrize("model", builders())
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engine_equals_the_plain_loop(engine, model, recipe):
+    assert_plain(engine, model, recipe)
+
+
+def assert_plain(engine, model, recipe):
+    """The engine's rows are those of the plain loop, and nothing else has changed."""
     build, shape = builders()[model]
     net, local = build(), RECIPES[recipe]
     if ENGINES[engine].refuses(net, cross_entropy, shape):
@@ -130,7 +135,7 @@ def test_engine_equals_the_plain_loop(engine, model, recipe):
 @pytest.mark.parametrize("recipe", ["fedsgd", "momentum", "decay", "batch above the data"])
 def test_a_large_batch_in_pieces_is_the_batch(recipe, monkeypatch):
     monkeypatch.setattr(looped, "PIECE", 4)
-    test_engine_equals_the_plain_loop("looped", "cnn", recipe)
+    assert_plain("looped", "cnn", recipe)
 
 
 def test_layers_that_mix_a_batch_are_not_cut():

@@ -13,6 +13,8 @@ from fltoolkit import models, registry
 from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import Dataset
 from fltoolkit.data.photos import three_photographs
+from fltoolkit.errors import InputError
+from fltoolkit.inversion.labels.layer import layer_names
 from fltoolkit.inversion.prior import Outside, total_variation
 from fltoolkit.inversion.spectrum import Spectrum
 from fltoolkit.inversion.unmixing import FeatureSearch, unmixing
@@ -106,6 +108,16 @@ def test_local_steps_are_played_again_in_the_order_that_explains_them(several):
     assert psnr(found, truth).mean() > psnr(once, truth).mean() + 2
 
 
+def test_local_steps_move_features_further_than_images_differ(several):
+    seen, truth = several
+    x = truth.x[truth.y.argsort()]
+    features = FeatureSearch(seen, x, []).at_gray
+    weight = seen.layout.unflatten(seen.gradient)[layer_names(seen)[0]]
+    moved = (unmixing(seen, truth.y) @ weight - features).norm(dim=1) / features.norm(dim=1)
+    apart = (features - features.mean(0)).norm(dim=1) / features.norm(dim=1)
+    assert apart.max() < 0.01 < moved.max()
+
+
 def test_a_clip_hides_the_scale_and_little_else(several):
     seen, truth = several
     norm = 0.5 * float(seen.update.norm())
@@ -124,7 +136,7 @@ def test_a_clip_hides_the_scale_and_little_else(several):
 def test_what_cannot_be_searched_ends_at_once():
     _, _, seen = batch([0, 1])
     broken = replace(seen, update=torch.full_like(seen.update, torch.nan))
-    with pytest.raises(Exception, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         registry.make_attack("features")(broken, seeded())
 
 

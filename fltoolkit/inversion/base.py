@@ -112,23 +112,20 @@ class LBFGSInversion(GradientInversion):
     history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
     units of that range. adapt: take the defenses into account, which the papers' attacks do not. spectrum: p
     of a `Spectrum` that scales the search's directions like those of natural images; 0 is the papers' plain
-    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs; chroma: the same
-    for how much colours differ from gray. simulate: run several local steps through where E, B and η are
-    known.
+    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs. simulate: run
+    several local steps through where E, B and η are known.
     """
 
     history: int = 100
     start_std: float = 0.3
     adapt: bool = False
     spectrum: float = 0.0
-    chroma: float = 1.0
     simulate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.history >= 1, "history", ">= 1", self.history)
         require(0 <= self.spectrum <= 2, "spectrum", "in 0..2", self.spectrum)
-        require(0 < self.chroma <= 1, "chroma", "in (0, 1]", self.chroma)
         require(self.start_std > 0, "start_std", "> 0", self.start_std)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
@@ -140,8 +137,7 @@ class LBFGSInversion(GradientInversion):
         return noise(problem, rng, bounds, self.restarts, self.start_std)
 
     def optimiser(self, problem: GradientMatching, z: Tensor, bounds: Bounds) -> Optimiser:
-        natural = self.spectrum > 0 or self.chroma < 1
-        metric = Spectrum(problem.shape, problem.inputs, self.spectrum, self.chroma) if natural else None
+        metric = Spectrum(problem.shape, problem.inputs, self.spectrum) if self.spectrum else None
         return LBFGS(problem, z, self.history, metric)
 
     def floats_per_row(self, variables: int) -> int:

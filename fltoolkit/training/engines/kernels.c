@@ -122,20 +122,28 @@ void fl_forward(const float *x, const float *w, const float *b, long n, long in,
         }
 }
 
+/* s += Σ_k d_k x_k of R scalars and C vectors, over `count` rows of x that lie `in` floats apart; the scalars of a
+ * k lie `across` apart, those of the next k `along` further. The last vector may hold `part` < LANES floats. */
+INLINE void outer_products(const int R, const int C, vec s[ROWS][COLUMNS], const float *d, long across, long along,
+                           const float *x, long count, long in, long part)
+{
+    for (long k = 0; k < count; k++) {
+        vec u[COLUMNS];
+        EACH (int c = 0; c < C; c++)
+            u[c] = part ? load_part(x + k * in, part) : load(x + k * in + c * LANES);
+        EACH (int r = 0; r < R; r++) {
+            vec v = all(d[r * across + k * along]);
+            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
+        }
+    }
+}
+
 /* g = d w of R rows of d and C vectors of columns of w; the last vector may hold `part` < LANES floats. */
 INLINE void below_tile(const int R, const int C, const float *d, const float *w, long out, long in, float *g,
                        long part)
 {
     vec s[ROWS][COLUMNS] = {0};
-    for (long o = 0; o < out; o++) {
-        vec u[COLUMNS];
-        EACH (int c = 0; c < C; c++)
-            u[c] = part ? load_part(w + o * in, part) : load(w + o * in + c * LANES);
-        EACH (int r = 0; r < R; r++) {
-            vec v = all(d[r * out + o]);
-            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
-        }
-    }
+    outer_products(R, C, s, d, out, 1, w, out, in, part);
     EACH (int r = 0; r < R; r++)
         EACH (int c = 0; c < C; c++)
             if (part)
@@ -168,15 +176,7 @@ INLINE void step_tile(const int R, const int C, const float *d, const float *x, 
                       float *w, float beta, float alpha, long part)
 {
     vec s[ROWS][COLUMNS] = {0};
-    for (long k = 0; k < n; k++) {
-        vec u[COLUMNS];
-        EACH (int c = 0; c < C; c++)
-            u[c] = part ? load_part(x + k * in, part) : load(x + k * in + c * LANES);
-        EACH (int r = 0; r < R; r++) {
-            vec v = all(d[k * out + r]);
-            EACH (int c = 0; c < C; c++) s[r][c] += v * u[c];
-        }
-    }
+    outer_products(R, C, s, d, 1, out, x, n, in, part);
     EACH (int r = 0; r < R; r++)
         EACH (int c = 0; c < C; c++) {
             float *p = w + r * in + c * LANES;
@@ -231,8 +231,8 @@ static void before_activation(float *d, const float *h, long count, int kind)
             d[i] *= 1 - h[i] * h[i];
 }
 
-/* d = (softmax(z) − onehot(y)) / n, the gradient of the mean cross-entropy by the logits z [n, classes]; row k has the label
- * y[order[k]]. */
+/* d = (softmax(z) − onehot(y)) / n, the gradient of the mean cross-entropy by the logits z [n, classes]; row k has
+ * the label y[order[k]]. */
 static void cross_entropy(const float *z, const int64_t *y, const int64_t *order, long n, long classes, float *d)
 {
     for (long k = 0; k < n; k++, z += classes, d += classes) {
@@ -262,7 +262,8 @@ static void follow(float *p, const float *v, long count, float lr)
 /* One client's SGD: `epochs` passes over x [n, widths[0]], y [n] in the order given, in batches of `batch`.
  *
  * Layer l is w[l] [widths[l + 1], widths[l]], b[l] or null, activation kinds[l]; all step in place. With momentum
- * μ > 0 the velocities vw, vb have the shapes of w, b. scratch holds batch × (Σ widths + 2 max widths) floats, the maximum without widths[0].
+ * μ > 0 the velocities vw, vb have the shapes of w, b. scratch holds batch × (Σ widths + 2 max widths) floats, the
+ * maximum without widths[0].
  */
 void fl_train_dense(const float *x, const int64_t *y, const int64_t *order, long n, long batch, long epochs,
                     int layers, const long *widths, const int *kinds, float *const *w, float *const *b,
