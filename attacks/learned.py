@@ -30,12 +30,15 @@ from torch import Tensor
 
 from fltoolkit import registry
 from fltoolkit.attack import Attack, Progress, grouped, silent
-from fltoolkit.defense import DefenseStack, RoundContext
+from fltoolkit.defense import DefenseStack, Local, RoundContext
 from fltoolkit.errors import require
 from fltoolkit.inversion.checks import check_auxiliary, check_observation
 from fltoolkit.inversion.inverter import Hashing, Training, one_round, read, train
 from fltoolkit.rng import stream, torch_stream
+from fltoolkit.specs import options_of
 from fltoolkit.training.engines import choose
+from fltoolkit.training.private.local import Trainer
+from fltoolkit.training.round import Task, example_context
 from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
 CHUNK_FLOATS = 2**24
@@ -127,6 +130,7 @@ class Simulation:
         self.params, self.round, self.layout = o.params, o.round, o.layout
         self.local = o.local or LocalSpec()
         self.public = observation.auxiliary.to(o.params.device)
+        self.model, self.loss = o.model, o.loss
         self.engine = choose(o.model, o.loss, o.input_shape)
         self.sizes = [len(part) for part in np.array_split(range(o.num_examples), o.clients)]
         self.weights = torch.tensor(self.sizes).to(o.params) / o.num_examples
@@ -136,7 +140,7 @@ class Simulation:
     @property
     def through(self) -> str:
         """What the updates went through, in words."""
-        if not self.stack.defenses:
+        if not self.stack.all:
             return "without defenses"
         stage = "as the server releases them" if self.released else "as the server receives them"
         return f"through {' + '.join(map(_spec, self.stack.public()))}, {stage}"
@@ -160,21 +164,37 @@ class Simulation:
         """What the adversary would see of each batch, in chunks `[·, D]`."""
         at_once = max(1, CHUNK_FLOATS // (self.layout.size * len(self.sizes)))
         for a in range(0, len(batches), at_once):
-            cohorts = self.trained(batches.take(slice(a, a + at_once)), a)
+            some = batches.take(slice(a, a + at_once))
+            cohorts = self.trained(some, a, self.stack)
             if self.stack.defenses:
-                yield torch.stack([self._message(c, p, self.released) for p, c in enumerate(cohorts, a)])
+                lines = zip(cohorts, some.x, some.y, strict=True)
+                messages = [self._message(c, p, self.released, x, y) for p, (c, x, y) in enumerate(lines, a)]
+                yield torch.stack(messages)
             else:
                 yield self.weights @ cohorts
 
-    def trained(self, batches: Examples, first: int = 0) -> Tensor:
-        """w_k − w_t of the K clients of each batch `[P, K, D]`, by the engine that trains real clients;
-        `first` is the number of the first batch."""
+    def trained(self, batches: Examples, first: int = 0, stack: DefenseStack | None = None) -> Tensor:
+        """w_k − w_t of the K clients of each batch `[P, K, D]`, by the engine that trains real clients, with
+        what the defenses of `stack` do to inputs and inside local training; `first` is the number of the
+        first batch."""
+        stack = stack or DefenseStack([])
         data, rngs = [], []
         for p, (x, y) in enumerate(zip(batches.x, batches.y, strict=True), first):
-            for k, part in enumerate(zip(x.split(self.sizes), y.split(self.sizes), strict=True)):
-                data.append(Examples(*part))
+            ctx = self._context(p, x, y)
+            assert ctx.local is not None
+            for k, part in ctx.local.data.items():
+                data.append(stack.inputs(part, ctx, k))
                 rngs.append(stream(self.seed, "simulation", p, "client", k))
-        return self.engine(self.params, data, self.local, rngs).unflatten(0, (-1, len(self.sizes)))
+        if not stack.examples.defenses:
+            return self.engine(self.params, data, self.local, rngs).unflatten(0, (-1, len(self.sizes)))
+        trainer = Trainer(self.model, self.loss, stack.examples, self.local)
+        task = Task(self.model, self.loss, self.local, stack, self.seed)
+        rows = []
+        for i, (part, rng) in enumerate(zip(data, rngs, strict=True)):
+            p, k = first + i // len(self.sizes), i % len(self.sizes)
+            ctx = example_context(task, self.round, k, len(part), ("simulation", p, "client", k))
+            rows.append(trainer(self.params, part, ctx, rng)[0])
+        return torch.stack(rows).unflatten(0, (-1, len(self.sizes)))
 
     def distance(self, x: Tensor, y: Tensor, update: Tensor) -> float:
         """The matching loss ‖g(x, y) − g‖² between updates read as gradients, defenses left out."""
@@ -182,27 +202,42 @@ class Simulation:
         scale = self.local.lr * self.local.steps(max(1, len(x) // len(self.sizes)))
         return float(((found - update) / scale).square().sum())
 
-    def _message(self, cohort: Tensor, number: int, released: bool) -> Tensor:
-        """One cohort's rows `[K, D]` -> the weighted mean of what they send `[D]`, or what is released."""
+    def _context(self, number: int, x: Tensor, y: Tensor) -> RoundContext:
+        """The simulated round `number` of clients who share the batch x `[N, ...]`, y `[N]`."""
         seed = int(stream(self.seed, "simulation", number, "defenses").integers(2**62))
-        ctx = RoundContext(seed, self.round, tuple(range(len(cohort))), self.weights)
+        parts = zip(x.split(self.sizes), y.split(self.sizes), strict=True)
+        data = {k: Examples(*part) for k, part in enumerate(parts)}
+        local = Local(self.model, self.params, self.loss, self.layout, data)
+        return RoundContext(seed, self.round, tuple(data), self.weights, local=local)
+
+    def _message(self, cohort: Tensor, number: int, released: bool, x: Tensor, y: Tensor) -> Tensor:
+        """One cohort's rows `[K, D]`, made from x and y -> the weighted mean of what they send `[D]`, or
+        what is released."""
+        ctx = self._context(number, x, y)
         total = self.weights @ self.stack.clients(cohort, ctx)
-        return self.stack.server(total, ctx) if released else total
+        return self.stack.server(total, ctx) if released else self.stack.read(total[None], ctx)[0]
 
     def _random(self) -> bool:
-        """Whether the defenses may make two messages of one update."""
-        row = self.weights.new_ones(1, self.layout.size)
-        return not torch.equal(*(self._message(row, number, self.released) for number in (0, 1)))
+        """Whether the defenses may make two messages of one batch."""
+        few = self.public.take(slice(0, sum(self.sizes)))
+        one = Examples(few.x[None], few.y[None])
+        made = []
+        for number in (0, 1):
+            cohort = self.trained(one, number, self.stack)[0]
+            made.append(self._message(cohort, number, self.released, few.x, few.y))
+        return not torch.equal(*made)
 
     def _sees_release(self, update: Tensor) -> bool:
         """Whether `update` was seen after the server's defenses: an adversary knows, its observation does not
         say. The norm tells, as it is nearer to that of simulated updates of the right stage; where it cannot
         tell, the server changes little."""
         self.released = False
-        cohorts = self.trained(self.draw(PROBES, "probe"))
+        probes = self.draw(PROBES, "probe")
+        lines = list(zip(self.trained(probes, 0, self.stack), probes.x, probes.y, strict=True))
 
         def off(released: bool) -> float:
-            rows = torch.stack([update, *(self._message(c, p, released) for p, c in enumerate(cohorts))])
+            made = [self._message(c, p, released, x, y) for p, (c, x, y) in enumerate(lines)]
+            rows = torch.stack([update, *made])
             logs = rows.double().norm(dim=1).clamp_min(1e-300).log()
             return float((logs[1:].mean() - logs[0]).abs())
 
@@ -220,7 +255,9 @@ def simulated(defenses: Sequence[Mapping[str, Any]], cohort: int) -> DefenseStac
 
 
 def _spec(public: Mapping[str, Any]) -> str:
-    options = ",".join(f"{k}={v}" for k, v in public.items() if k != "name" and v is not None)
+    """A defense as one would name it on the command line, without what is as usual."""
+    usual = options_of(registry.defense_class(str(public["name"])))
+    options = ",".join(f"{k}={v}" for k, v in public.items() if k != "name" and v != usual.get(k))
     return f"{public['name']}:{options}" if options else str(public["name"])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import floor, isfinite, log2
 from typing import ClassVar
 
 import numpy as np
@@ -65,12 +65,14 @@ class SecAgg(Defense):
         """Masked messages as int64 `[K, D]` and the decoded weighted mean `[D]`, like the rows.
 
         The int64 holds the integer modulo 2^b; for b = 64 it is the same bit pattern read as signed.
-        The weights are renormalised in float64: in float32 they sum to 1 only up to rounding.
+        The weights are renormalised in float64: in float32 they sum to 1 only up to rounding. A Poisson
+        cohort's weights sum to something else, by which the decoded mean is multiplied.
         """
         self.check(ctx.sensitivity, len(rows))
         require(len(set(ctx.clients)) == len(rows), "clients of a round", "distinct", ctx.clients)
         self._refuse_out_of_range(rows, ctx.clients)
         scale = self.scale(len(rows))
+        size = float(ctx.weights.double().sum()) if ctx.sampling.kind == "poisson" else 1.0
         weights = ctx.weights.double() / ctx.weights.double().sum()
         members = [Member(c) for c in ctx.clients]
         keys = [m.public_key for m in members]
@@ -78,17 +80,19 @@ class SecAgg(Defense):
             m.message(encode(row * w, scale, self.bits), keys, ctx.clients, ctx.round, self.bits)
             for m, row, w in zip(members, _doubles(rows), weights.tolist(), strict=True)
         ]
-        total = decode(server_sum(messages), scale, self.bits)
+        total = size * decode(server_sum(messages), scale, self.bits)
         sent = np.stack(messages).astype(np.int64)
         return torch.from_numpy(sent).to(rows.device), torch.from_numpy(total).to(rows)
 
     def scale(self, cohort: int) -> float:
-        """Integers per unit. With |Δ| ≤ range and weights that sum to 1, rounding each of K terms by at
-        most 1/2 keeps the sum within range · scale + K / 2 < 2^(b-1): it cannot wrap. The factor below
-        1 covers the floating-point error of the weights' sum."""
+        """Integers per unit: K times a power of two. With |Δ| ≤ range and weights that sum to 1, rounding
+        each of K terms by at most 1/2 keeps the sum within range · scale + K / 2 < 2^(b-1): it cannot wrap.
+        The factor below 1 covers the floating-point error of the weights' sum. The form encodes integers
+        times a power of two γ ≥ K / scale exactly under equal weights, so that the masked sum is a function
+        of the integers' sum alone (see `fltoolkit.integer_domain`)."""
         room = 2 ** (self.bits - 1) - 2 - cohort
         require(room > 0, "bits", f"large enough to add up {cohort} clients", self.bits)
-        return room * (1 - 2**-40) / self.value_range
+        return cohort * 2.0 ** floor(log2(room * (1 - 2**-40) / (self.value_range * cohort)))
 
     def _refuse_out_of_range(self, rows: Tensor, clients: Sequence[int]) -> None:
         largest = rows.abs().amax(dim=1)

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit import models, registry
-from fltoolkit.accounting import epsilon_by_view
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.data import Dataset, load
 from fltoolkit.defense import Defense
 from fltoolkit.errors import InputError, require, unknown
 from fltoolkit.loss import cross_entropy
 from fltoolkit.report import document
+from fltoolkit.report.epsilon import epsilons
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.scoring import Scored, score, summarise, truth_of
 from fltoolkit.threat import THREATS, Public, ThreatModel
+from fltoolkit.training.budget import Budget
 from fltoolkit.training.round import Task, run_round
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Observation, Reconstruction, Transcript
 
@@ -110,6 +111,7 @@ class Stage:
         else:
             rng = torch_stream(self.scene.seed, "victim", victim, "model")
             model = models.build(self.scene.model, self.data.input_shape, self.data.num_classes, rng)
+        model = self.stack.model(model, self.data.input_shape)
         return models.with_frozen_norm(model) if self.scene.frozen_norm else model
 
     def private(self, victim: int) -> list[Examples]:
@@ -157,13 +159,11 @@ def run(scene: Scene, progress: Progress = silent) -> Result:
         score(f, t, mean_image, stage.data.input_range, stage.data.num_classes)
         for f, t in zip(found, truths, strict=True)
     )
-    epsilons = epsilon_by_view(events[:1], hidden, scene.delta)
-    return Result(_report(stage, scored, epsilons, seconds), scored, stage.data.input_range)
+    budget = Budget(hidden, scene.delta, rounds=events[:1])
+    return Result(_report(stage, scored, budget, seconds), scored, stage.data.input_range)
 
 
-def _report(
-    stage: Stage, scored: tuple[Scored, ...], epsilons: dict[str, float], seconds: float
-) -> dict[str, Any]:
+def _report(stage: Stage, scored: tuple[Scored, ...], budget: Budget, seconds: float) -> dict[str, Any]:
     scene, found = stage.scene, [s.found for s in scored]
     losses = [f.loss for f in found]
     return {
@@ -182,8 +182,7 @@ def _report(
         "local": asdict(scene.local),
         "frozen_norm": scene.frozen_norm,
         "metrics": summarise(scored, scene.threshold_db),
-        "epsilon": {k: document.finite(v) for k, v in epsilons.items()}
-        | {"delta": scene.delta, "unit": "client", "adjacency": "zero-out"},
+        "epsilon": epsilons(budget),
         "iterations": float(np.mean([f.iterations for f in found])),
         "evaluations": float(np.mean([f.evaluations for f in found])),
         "seconds": seconds,

@@ -10,6 +10,7 @@ from typing import NoReturn
 from fltoolkit.commands.audit import AuditOptions, run_audit
 from fltoolkit.commands.listing import run_list
 from fltoolkit.commands.partition import PartitionOptions, run_partition
+from fltoolkit.commands.privacy import EpsilonOptions, SigmaOptions, run_epsilon, run_sigma
 from fltoolkit.commands.table import TABLES, TableOptions, run_table
 from fltoolkit.commands.train import TrainOptions, run_train
 from fltoolkit.errors import InputError
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = commands.add_parser("table", help="the FedAvg paper's tables, run and printed beside the paper")
     tables.add_argument("name", metavar="NAME", help=TABLES)
     add_options(tables, TableOptions)
+    add_options(
+        commands.add_parser("epsilon", help="the privacy ε that Gaussian noise gives"), EpsilonOptions
+    )
+    add_options(commands.add_parser("sigma", help="the least Gaussian noise for a privacy ε"), SigmaOptions)
     commands.add_parser("list", help="every attack, defense, threat model, model and data set")
     parsed = parser.parse_args(argv)
     if parsed.command == "audit":
@@ -45,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: run_partition(read_options(PartitionOptions, parsed)))
     if parsed.command == "table":
         return guarded(lambda: run_table(parsed.name, read_options(TableOptions, parsed)))
+    if parsed.command == "epsilon":
+        return guarded(lambda: run_epsilon(read_options(EpsilonOptions, parsed)))
+    if parsed.command == "sigma":
+        return guarded(lambda: run_sigma(read_options(SigmaOptions, parsed)))
     return guarded(run_list)
 
 

@@ -1,32 +1,66 @@
 """What a defense is, and how a list of them acts on one round.
 
-A defense may act at three places, each optional: on the rows that clients send (`clients`, in list
-order), on the sum itself (`secure_sum`, at most one and last among the client-side steps), and on the
-aggregate at the server (`server`, in reversed order). It describes its privacy as events and knows no
-accountant. Defenses are public: what `public()` returns is part of every adversary's observation.
+A defense may act at five places, each optional: on the model before training (`model`), on a client's inputs
+(`inputs`), on rows (`clients`, in list order), on the sum itself (`secure_sum`, at most one and last among
+the client-side steps), and on the aggregate (`server`, in reversed order). Rows are what clients send; a
+defense with `level` "example" does the same to the gradients of single examples inside local training,
+where the client plays the server. It describes its privacy as events and knows no accountant. Defenses are
+public: what `public()` returns is part of every adversary's observation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fltoolkit.errors import InputError
-from fltoolkit.rng import torch_stream
-from fltoolkit.types import PrivacyEvent
+from fltoolkit.errors import InputError, require
+from fltoolkit.rng import Key, torch_stream
+from fltoolkit.types import Examples, Layout, Loss, PrivacyEvent
+
+LEVELS = ("client", "example")
+"""Whose rows a defense acts on."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a client-side defense may use beside the rows: the model, the broadcast `params [D]`, the loss,
+    and each client's own data, by client."""
+
+    model: nn.Module
+    params: Tensor
+    loss: Loss
+    layout: Layout
+    data: Mapping[int, Examples] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the members of a cohort or batch were chosen, as every ε must know.
+
+    kind: "poisson" (each of the population by itself with probability `rate`), "fixed" (`rate · population`
+    of them without replacement) or "full" (everybody). population: how many there are to choose from.
+    """
+
+    kind: str = "full"
+    rate: float = 1.0
+    population: int = 0
 
 
 @dataclass(frozen=True)
 class RoundContext:
     """What a defense may know of the round it acts in.
 
-    weights `[K]`: the public averaging weights n_k / n, summing to 1. sensitivity: the L2 norm that the
-    defenses before this one guarantee for every row, or None where none does. name: the stream name.
+    clients: the members that sent a row each; at level "example" the numbers of a batch's examples in their
+    client's data. weights `[K]`: the public averaging weights; for clients n_k / n, summing to 1.
+    sensitivity: the L2 norm that the defenses before this one guarantee for every row, or None where none
+    does. name: the stream name. sampling: how the members were chosen. where: what names the streams of
+    this round, or of this local step. owner, steps: at level "example" the client, and its local steps in
+    this round. memory: what a defense keeps from round to round, see `recall`; local: what clients hold.
     """
 
     seed: int
@@ -35,12 +69,44 @@ class RoundContext:
     weights: Tensor
     sensitivity: float | None = None
     name: str = ""
+    sampling: Sampling = Sampling()
+    where: tuple[Key, ...] = ()
+    owner: int | None = None
+    steps: int = 1
+    memory: dict[tuple[Key, ...], Tensor] = field(default_factory=dict)
+    local: Local | None = None
+
+    @property
+    def level(self) -> str:
+        return "client" if self.owner is None else "example"
+
+    @property
+    def largest_weight(self) -> float:
+        """The most that one member counts in the weighted sum; known without members where the cohort's
+        size is random, since then the sum is divided by the expected size."""
+        if self.sampling.kind == "poisson":
+            return 1 / (self.sampling.rate * self.sampling.population)
+        return float(self.weights.max())
+
+    @property
+    def _where(self) -> tuple[Key, ...]:
+        return self.where or ("round", self.round)
 
     def client_rng(self, client: int) -> torch.Generator:
-        return torch_stream(self.seed, "round", self.round, "client", client, "defense", self.name)
+        """The stream of one member of the cohort or batch."""
+        return torch_stream(self.seed, *self._where, self.level, client, "defense", self.name)
 
     def server_rng(self) -> torch.Generator:
-        return torch_stream(self.seed, "round", self.round, "server", "defense", self.name)
+        """The stream of whoever adds the rows up."""
+        return torch_stream(self.seed, *self._where, "server", "defense", self.name)
+
+    def recall(self, *key: Key) -> Tensor | None:
+        """What this defense remembered under `key` in an earlier round; None where nothing."""
+        return self.memory.get((self.name, *key))
+
+    def remember(self, value: Tensor, *key: Key) -> None:
+        """Keep `value` under `key` for later rounds. It becomes part of checkpoints."""
+        self.memory[(self.name, *key)] = value
 
 
 @dataclass(frozen=True)
@@ -59,6 +125,24 @@ class Defense:
         """The L2 norm guaranteed for every row after this defense, given the one before."""
         return sensitivity
 
+    def bound_in(self, sensitivity: float | None, ctx: RoundContext) -> float | None:
+        """The same for one round, where it depends on what the defense remembers."""
+        return self.bound(sensitivity)
+
+    @property
+    def flat_norm(self) -> float | None:
+        """C, where all that `clients` does is scale each row by min(1, C / its L2 norm); else None. Such a
+        defense needs no rows of single examples, see `fltoolkit.training.private`."""
+        return None
+
+    def model(self, model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+        """The model that everybody trains instead of `model`, which is left untouched."""
+        return model
+
+    def inputs(self, data: Examples, ctx: RoundContext, client: int) -> Examples:
+        """What a client trains on instead of `data` in this round."""
+        return data
+
     def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         """Rows `[K, D]` in, rows `[K, D]` out."""
         return rows
@@ -71,9 +155,19 @@ class Defense:
         """Aggregate `[D]` in, aggregate `[D]` out."""
         return aggregate
 
+    def read(self, rows: Tensor, ctx: RoundContext) -> Tensor:
+        """Messages, or their mean, `[n, D]` in the update's own coordinates, where this defense sends them in
+        others that are public. For those who look on: what anybody can undo is no protection."""
+        return rows
+
     def privacy(self, ctx: RoundContext) -> tuple[PrivacyEvent, ...]:
         """The privacy events of one round."""
         return ()
+
+    @property
+    def acts_at(self) -> str:
+        """Whose rows this defense acts on: "client" or "example"."""
+        return str(getattr(self, "level", "client"))
 
     @property
     def acts_on_rows(self) -> bool:
@@ -92,14 +186,17 @@ class Defense:
 
 
 class DefenseStack:
-    """A checked list of defenses that acts as one.
+    """A checked list of defenses that acts as one, on the rows of clients.
 
-    cohort: the number K of clients in a round, where it is already known. Raises InputError, before any
-    work, where the list makes no sense.
+    cohort: the number K of clients in a round, where it is already known. `examples` is the same for those
+    that act on the gradients of single examples. Raises InputError, before any work, where the list makes no
+    sense.
     """
 
-    def __init__(self, defenses: Sequence[Defense], cohort: int | None = None) -> None:
-        self.defenses = tuple(defenses)
+    def __init__(self, defenses: Sequence[Defense], cohort: int | None = None, level: str = "client") -> None:
+        self.all = tuple(defenses)
+        self.defenses = tuple(d for d in self.all if d.acts_at == level)
+        self.examples = DefenseStack(self.all, None, "example") if level == "client" else self
         self._check_order()
         seen: Counter[str] = Counter()
         steps = []
@@ -108,7 +205,7 @@ class DefenseStack:
             d.check(bound, cohort)
             seen[d.name] += 1
             label = d.name if seen[d.name] == 1 else f"{d.name}#{seen[d.name]}"
-            steps.append((d, bound, label))
+            steps.append((d, label))
             bound = d.bound(bound)
         self._steps = tuple(steps)
 
@@ -129,20 +226,57 @@ class DefenseStack:
         return any(d.hides_messages for d in self.defenses)
 
     def public(self) -> tuple[Mapping[str, Any], ...]:
-        return tuple(d.public() for d in self.defenses)
+        """The public parameters of every defense, those on single examples included, in list order."""
+        return tuple(d.public() for d in self.all)
 
     def events(self, ctx: RoundContext) -> tuple[PrivacyEvent, ...]:
-        """The privacy events of one round."""
-        return tuple(e for d, c in self._in(ctx) for e in d.privacy(c))
+        """The privacy events of one round.
+
+        Noise that clients add protects their sum by all of it together only where the rows are summed as they
+        are; where a later defense changes each row by itself, the sum is as protected as a message.
+        """
+        found: list[PrivacyEvent] = []
+        steps = self._in(ctx)
+        for i, (d, c) in enumerate(steps):
+            events = d.privacy(c)
+            if d.acts_on_rows and any(later.acts_on_rows for later, _ in steps[i + 1 :]):
+                messages = [e for e in events if e.view == "message"]
+                others = [e for e in events if e.view not in ("message", "sum")]
+                events = (*messages, *(replace(e, view="sum") for e in messages), *others)
+            found += events
+        return tuple(found)
 
     def _in(self, ctx: RoundContext) -> list[tuple[Defense, RoundContext]]:
-        return [(d, replace(ctx, sensitivity=b, name=n)) for d, b, n in self._steps]
+        found: list[tuple[Defense, RoundContext]] = []
+        bound: float | None = None
+        for d, name in self._steps:
+            found.append((d, replace(ctx, sensitivity=bound, name=name)))
+            bound = d.bound_in(bound, found[-1][1])
+        return found
+
+    def model(self, model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+        """The model that everybody trains instead of `model`."""
+        for d in self.all:
+            model = d.model(model, input_shape)
+        return model
+
+    def inputs(self, data: Examples, ctx: RoundContext, client: int) -> Examples:
+        """What a client trains on instead of `data`."""
+        for d, c in self._in(ctx):
+            data = d.inputs(data, c, client)
+        return data
 
     def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         """What clients send instead of `rows [K, D]`, before any secure sum. `rows` is left untouched."""
         for d, c in self._in(ctx):
             rows = d.clients(rows, c)
         return rows
+
+    @property
+    def flat_norm(self) -> float | None:
+        """C, where the rows are changed by nothing but one flat clip to C; else None."""
+        acting = [d for d in self.defenses if d.acts_on_rows]
+        return acting[0].flat_norm if len(acting) == 1 else None
 
     def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
         """The messages `[K, ...]` that reach the server and their weighted mean `[D]`."""
@@ -156,3 +290,14 @@ class DefenseStack:
         for d, c in reversed(self._in(ctx)):
             total = d.server(total, c)
         return total
+
+    def read(self, rows: Tensor, ctx: RoundContext) -> Tensor:
+        """Messages, or their mean, `[n, D]` with all public changes of coordinates undone."""
+        for d, c in reversed(self._in(ctx)):
+            rows = d.read(rows, c)
+        return rows
+
+
+def check_level(level: str) -> None:
+    """For defenses that act at either level."""
+    require(level in LEVELS, "level", f"one of {LEVELS}", level)

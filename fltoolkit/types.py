@@ -126,24 +126,33 @@ class Updates:
 class PrivacyEvent:
     """One use of a mechanism, as data; only `fltoolkit.accounting` turns it into ε.
 
-    event: a `dp_accounting.DpEvent`. view: what it protects: "message" (each client's message), "sum"
-    (the messages' sum before the server touches it) or "aggregate" (what the server releases). unit:
-    what ε hides, "client" or "example". release: events of one round about the same release are
-    alternative guarantees, of which the better counts; events about different releases compose.
+    event: a `dp_accounting.DpEvent`, whose noise multiplier is always the noise's std divided by the clip
+    norm of one contribution. view: what it protects: "message" (each client's message), "sum" (the
+    messages' sum before the server touches it) or "aggregate" (what the server releases). unit: what ε
+    hides, "client" or "example". release: events of one round about the same release are alternative
+    guarantees, of which the better counts; events about different releases compose. adjacency: what
+    neighbouring data sets differ in: one contribution put to zero ("zero-out"), one more or less
+    ("add-remove"), or one replaced by any other ("replace-one"). owner: with unit "example", the client
+    whose examples are protected; every client that takes part in a round needs an event of its own there.
+    count: how often in that round, such as once a local step.
     """
 
     event: Any
     view: str
     unit: str = "client"
     release: str = "update"
+    adjacency: str = "zero-out"
+    owner: int | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class Transcript:
     """One round as it happened. `truth` is read by the metrics alone; threat models never touch it.
 
-    broadcast `[D]`; messages `[K, ...]` exactly as sent (floats, or masked integers where
-    `messages_hidden`); total `[D]`, their weighted mean as the server receives it; aggregate `[D]`, the
+    broadcast `[D]`; messages `[K, ...]` as sent (floats, or masked integers where `messages_hidden`); total
+    `[D]`, their weighted mean as the server receives it, both with public changes of coordinates undone,
+    as anybody could; aggregate `[D]`, the
     same after the server's defenses, as released; weights `[K]`, the averaging weights; local: the
     recipe of this round.
     """

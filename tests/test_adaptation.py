@@ -11,7 +11,18 @@ from torch import nn
 
 from fltoolkit.inversion.adaptation import adapt, noise_std
 from fltoolkit.inversion.diagnosis import diagnose
-from fltoolkit.inversion.distance import Masked, Signs, Times, aligned, cosine, relative, scaled, squared
+from fltoolkit.inversion.distance import (
+    First,
+    Masked,
+    Parts,
+    Signs,
+    Times,
+    aligned,
+    cosine,
+    relative,
+    scaled,
+    squared,
+)
 from fltoolkit.types import LocalSpec
 
 CLIP = {"name": "clip", "norm": 0.5}
@@ -29,6 +40,62 @@ def test_without_defenses_nothing_changes():
     assert (fitted.distance, fitted.tv, fitted.strength, fitted.about) == (cosine, 0.1, 1.0, "")
     wide = adapt(seen(CLIP, NOISE, input_range=(-1.0, 1.0)), cosine, 0.1, known=False)
     assert (wide.distance, wide.tv, wide.about) == (cosine, 0.05, "")
+
+
+@pytest.mark.parametrize("name", ["normalise", "soft-clip", "adaptive-clip"])
+def test_what_scales_rows_makes_distances_blind_to_scale(name):
+    assert adapt(seen({"name": name, "norm": 0.5}), squared, 0.0).distance is scaled
+
+
+def test_layers_that_were_scaled_apart_are_compared_apart():
+    o = seen({"name": "clip-layers", "norm": 0.5})
+    distance = adapt(o, squared, 0.0).distance
+    assert distance == Parts(scaled, o.layout.sizes)
+    t = torch.randn(2, o.layout.size)
+    factors = torch.cat([torch.full((s,), float(i + 1)) for i, s in enumerate(o.layout.sizes)])
+    assert distance(t * factors, t).tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert squared((t * factors).clone(), t).min() > 1
+    assert distance(torch.randn_like(t), t).min() > 1
+
+
+def test_gradients_that_a_bottleneck_drew_are_left_out():
+    from defenses.precode import Precode
+
+    defense = Precode(size=3)
+    model = defense.model(tiny_model(), (1, 5, 5))
+    distance = adapt(seen(defense.public(), model=model), squared, 0.0).distance
+    assert distance == First(squared, 25 * 12 + 12)
+    g, t = torch.randn(2, 500), torch.randn(2, 500)
+    apart = (g - t)[:, :312].square().sum(1)
+    d = distance(g, t)
+    assert d.tolist() == pytest.approx(apart.tolist(), rel=1e-5)
+    assert (g[:, 312:] == 0).all()
+
+
+def test_noise_of_local_steps_is_known_to_its_last_factor():
+    """u steps of mean gradients with noise σ C / B each, divided by u: σ C / (B √u)."""
+    defenses = (
+        {"name": "clip", "norm": 0.5, "level": "example"},
+        NOISE | {"placement": "server", "level": "example"},
+    )
+    std = noise_std(seen(*defenses, local=LocalSpec(2, 2, 0.1)))
+    assert std == pytest.approx(2.0 * 0.5 / 2 / 4**0.5)
+
+
+def test_noise_of_local_steps_is_what_training_adds():
+    """Measured: the spread of updates over seeds around their mean, at 40 clients with the same data."""
+    from defenses.clip import Clip
+    from defenses.gaussian import Gaussian
+    from fltoolkit.defense import DefenseStack
+    from fltoolkit.loss import cross_entropy
+    from fltoolkit.training.round import Task, run_round
+
+    stack = DefenseStack([Clip(norm=1e-6, level="example"), Gaussian(noise_multiplier=1e4, level="example")])
+    local = LocalSpec(2, None, 0.1)
+    t = Task(tiny_model(), cross_entropy, local, stack, 0)
+    rows = run_round(t, t.layout.row(t.model), range(40), [tiny_examples(4)] * 40, 1).transcript.messages
+    found = noise_std(seen(*stack.public(), local=local)) * 0.1 * 2
+    assert rows.std(0).mean().item() == pytest.approx(found, rel=0.03)
 
 
 def test_unknown_defenses_change_nothing():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fltoolkit import cli
+from fltoolkit.accounting import gaussian_epsilon
 from fltoolkit.report.document import schema
 
 FILES = ["accuracy.png", "checkpoint.pt", "metrics.jsonl", "report.json", "tensorboard"]
@@ -142,7 +143,9 @@ def test_training_with_a_looker_on_and_noise_reports_both(tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [look["round"] for look in report["leakage"]] == [1, 3]
     assert report["epsilon"]["message"] is None
-    assert 3 < report["epsilon"]["aggregate"] < 5
+    amplified = gaussian_epsilon(2, 0.02, 3, 1e-5, adjacency="replace-one", sampling="fixed", population=700)
+    assert report["epsilon"]["aggregate"] == pytest.approx(amplified, rel=1e-3)
+    assert 0.3 < amplified < 1
     assert (tmp_path / "o" / "reconstruction.png").exists()
 
 

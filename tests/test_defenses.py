@@ -1,32 +1,76 @@
-"""Every defense keeps its contract; clip and gaussian keep their guarantees."""
+"""Every defense keeps its contract; clips and gaussian keep their guarantees."""
 
 from __future__ import annotations
 
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
-from conftest import protect
+from conftest import protect, tiny_examples, tiny_model
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
 from torch.linalg import vector_norm
 
+from defenses.adaptive_clip import AdaptiveClip
 from defenses.clip import Clip
+from defenses.clip_layers import ClipLayers
+from defenses.correlated import Correlated
+from defenses.discrete_gaussian import DiscreteGaussian
 from defenses.gaussian import Gaussian
+from defenses.instahide import InstaHide
+from defenses.mixup import Mixup
+from defenses.normalise import Normalise
+from defenses.precode import Precode
+from defenses.prune import Prune
+from defenses.quantise import Quantise
+from defenses.randk import RandK
 from defenses.secagg import SecAgg
+from defenses.sign import Sign
+from defenses.skellam import Skellam
+from defenses.soft_clip import SoftClip
+from defenses.soteria import Soteria
+from defenses.subspace import Subspace
+from defenses.topk import TopK
 from fltoolkit import registry
-from fltoolkit.defense import DefenseStack, RoundContext
+from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
 from fltoolkit.errors import InputError
+from fltoolkit.loss import cross_entropy
+from fltoolkit.types import Layout
 
-CLIENTS, D = 4, 200
+CLIENTS = 4
+MODEL = tiny_model()
+LAYOUT = Layout.of(MODEL)
+D = LAYOUT.size
 
 STACKS = {
+    "adaptive-clip": [AdaptiveClip(norm=0.5)],
     "clip": [Clip(norm=0.5)],
+    "clip-layers": [ClipLayers(norm=0.5)],
+    "correlated": [Clip(norm=0.5), Correlated(rounds=4)],
+    "discrete-gaussian": [Clip(norm=0.5), DiscreteGaussian()],
     "gaussian": [Clip(norm=0.5), Gaussian(noise_multiplier=0.1)],
+    "instahide": [InstaHide(k=2)],
+    "mixup": [Mixup()],
+    "normalise": [Normalise()],
+    "precode": [Precode(size=5)],
+    "prune": [Prune()],
+    "quantise": [Quantise()],
+    "randk": [RandK()],
     "secagg": [SecAgg(cohort=CLIENTS)],
+    "sign": [Sign()],
+    "skellam": [Clip(norm=0.5), Skellam()],
+    "soft-clip": [SoftClip(norm=0.5)],
+    "soteria": [Soteria(ratio=0.25, layer="3")],
+    "subspace": [Subspace()],
+    "topk": [TopK()],
 }
 
 
-def context(number=1, seed=5, clients=CLIENTS):
-    return RoundContext(seed, number, tuple(range(clients)), torch.full((clients,), 1 / clients))
+def context(number=1, seed=5, clients=CLIENTS, **changes):
+    data = {c: tiny_examples(3, seed=c) for c in range(clients)}
+    local = Local(MODEL, LAYOUT.row(MODEL), cross_entropy, LAYOUT, data)
+    weights = torch.full((clients,), 1 / clients)
+    return RoundContext(seed, number, tuple(range(clients)), weights, local=local, **changes)
 
 
 def rows(scale=1.0):
@@ -62,6 +106,140 @@ def test_clip_norm_is_at_most_the_bound_and_short_rows_are_kept(norm):
     assert (cosine > 1 - 1e-6).all()
     assert torch.equal(clipped[~long], big[~long])
     assert torch.equal(Clip(norm=norm).clients(small, context()), small)
+
+
+@pytest.mark.parametrize("shares", ["equal", "size"])
+def test_clip_layers_bounds_every_tensor_and_the_whole(shares):
+    defense = ClipLayers(norm=0.7, shares=shares)
+    bounds = defense.bounds(LAYOUT.sizes)
+    assert sum(c * c for c in bounds) == pytest.approx(0.49)
+    big = rows(10.0)
+    clipped = defense.clients(big, context())
+    parts = zip(clipped.split(LAYOUT.sizes, 1), big.split(LAYOUT.sizes, 1), bounds, strict=True)
+    for after, before, c in parts:
+        assert (vector_norm(after.double(), dim=1) <= c * (1 + 1e-6)).all()
+        assert (torch.cosine_similarity(after, before, dim=1) > 1 - 1e-6).all()
+    assert (vector_norm(clipped.double(), dim=1) <= 0.7 * (1 + 1e-6)).all()
+    small = rows(1e-9)
+    assert torch.equal(defense.clients(small, context()), small)
+    with pytest.raises(InputError, match="clip-layers must know the model's layers"):
+        defense.clients(big, RoundContext(0, 1, (0,), torch.ones(1)))
+
+
+def test_soft_clip_stays_below_its_norm_and_keeps_the_order_of_lengths():
+    lengths = torch.logspace(-3, 4, CLIENTS)
+    given = torch.nn.functional.normalize(rows(), dim=1) * lengths[:, None]
+    done = SoftClip(norm=0.5).clients(given, context())
+    got = vector_norm(done.double(), dim=1)
+    expected = lengths.double() / (1 + (lengths.double() / 0.5) ** 2).sqrt()
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert (got <= 0.5 * (1 + 1e-6)).all()
+    assert got.tolist() == sorted(got.tolist())
+    assert SoftClip(norm=0.5).bound(0.5) == pytest.approx(0.5 / sqrt(2))
+    assert SoftClip(norm=0.5).bound(None) == 0.5
+
+
+def test_normalise_gives_every_row_its_length():
+    given = rows()
+    given[1] = 0
+    done = Normalise(norm=2.0).clients(given, context())
+    assert vector_norm(done, dim=1).tolist() == pytest.approx([2.0, 0.0, 2.0, 2.0], rel=1e-5)
+    damped = Normalise(norm=2.0, gamma=3.0).clients(given, context())
+    lengths = vector_norm(given, dim=1)
+    assert vector_norm(damped, dim=1).tolist() == pytest.approx(
+        (2 * lengths / (lengths + 3)).tolist(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
+def test_adaptive_clip_finds_the_quantile(quantile):
+    """Norms of 1,000 clients are uniform on (0, 10): C settles at 10 · quantile, here within 5 %."""
+    generator = np.random.default_rng(0)
+    stack = DefenseStack([AdaptiveClip(norm=1.0, quantile=quantile, bit_noise=10.0)])
+    memory: dict = {}
+    for number in range(1, 151):
+        given = torch.from_numpy(generator.uniform(0, 10, (1000, 1))).float()
+        protect(stack, given, context(number, clients=1000, memory=memory))
+    assert float(memory[("adaptive-clip", "norm")]) == pytest.approx(10 * quantile, rel=0.05)
+
+
+def test_adaptive_clip_moves_by_the_paper_s_rule_whatever_the_chunks():
+    given, quiet = rows(), AdaptiveClip(norm=19.0, quantile=0.5, rate=0.3, bit_noise=0.0)
+    stack, memory = DefenseStack([quiet]), {}
+    ctx = context(memory=memory)
+    stack.clients(given[:3], ctx)
+    stack.clients(given[3:], ctx)
+    stack.server(given.mean(0), ctx)
+    below = float((vector_norm(given, dim=1) <= 19.0).float().mean())
+    assert 0 < below < 1
+    assert float(memory[("adaptive-clip", "norm")]) == pytest.approx(19 * np.exp(-0.3 * (below - 0.5)))
+
+
+def test_noise_follows_the_norm_that_a_clip_adapted_to():
+    stack = DefenseStack([AdaptiveClip(norm=1.0), Gaussian(noise_multiplier=1.0)])
+    memory = {("adaptive-clip", "norm"): torch.tensor(5.0)}
+    wide, zero = torch.zeros(CLIENTS, 50_000), torch.zeros(CLIENTS, 50_000)
+    noisy = protect(stack, wide, context(memory=memory)).aggregate
+    assert noisy.std().item() == pytest.approx(5 / CLIENTS, rel=0.02)
+    assert protect(stack, zero, context()).aggregate.std().item() == pytest.approx(1 / CLIENTS, rel=0.02)
+
+
+def test_adaptive_clip_composes_with_noise_as_the_paper_splits_it():
+    """z of both together is (z_Δ⁻² + (2 σ_b)⁻²)^(−1/2), Theorem 1."""
+    stack = DefenseStack([AdaptiveClip(bit_noise=3.0), Gaussian(noise_multiplier=2.0)])
+    events = stack.events(context())
+    assert {e.release for e in events} == {"norms", "update"}
+    multipliers = [e.event.noise_multiplier for e in events]
+    assert sorted(multipliers) == [2.0, 6.0]
+    assert not DefenseStack([AdaptiveClip(bit_noise=0.0)]).events(context())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kinds"),
+    [
+        (Sampling(), [(GaussianDpEvent, "zero-out")]),
+        (Sampling("poisson", 0.1, 40), [(PoissonSampledDpEvent, "add-remove")]),
+        (
+            Sampling("fixed", 0.1, 40),
+            [(GaussianDpEvent, "zero-out"), (SampledWithoutReplacementDpEvent, "replace-one")],
+        ),
+    ],
+)
+def test_events_say_how_the_cohort_was_sampled(sampling, kinds):
+    stack = DefenseStack([Clip(), Gaussian()])
+    events = stack.events(context(sampling=sampling))
+    assert [(type(e.event), e.adjacency) for e in events] == kinds
+    assert {(e.view, e.unit) for e in events} == {("aggregate", "client")}
+
+
+def test_noise_on_a_poisson_cohort_counts_its_expected_size():
+    zero = torch.zeros(CLIENTS, 50_000)
+    ctx = context(sampling=Sampling("poisson", 0.25, 40))
+    stack = DefenseStack([Clip(norm=0.5), Gaussian(noise_multiplier=2.0)])
+    assert stack.server(zero.mean(0), ctx).std().item() == pytest.approx(2 * 0.5 / 10, rel=0.02)
+
+
+def test_secure_noise_has_the_same_spread_and_does_not_repeat():
+    zero = torch.zeros(CLIENTS, 50_000)
+    stack = DefenseStack([Clip(norm=0.5), Gaussian(noise_multiplier=2.0, secure_rng=True)])
+    one, two = (protect(stack, zero, context()).aggregate for _ in range(2))
+    assert one.std().item() == pytest.approx(1 / CLIENTS, rel=0.02)
+    assert not torch.equal(one, two)
+
+
+def test_noise_without_a_clip_must_be_asked_for_by_name_and_promises_nothing():
+    stack = DefenseStack([Gaussian(noise_multiplier=0.3, unbounded=True)])
+    zero = torch.zeros(CLIENTS, 50_000)
+    assert protect(stack, zero, context()).aggregate.std().item() == pytest.approx(0.3 / CLIENTS, rel=0.02)
+    assert stack.events(context()) == ()
+
+
+def test_a_clip_after_the_noise_leaves_the_sum_as_protected_as_a_message():
+    """Four clients' noise adds up to twice one's where the rows are summed as they are."""
+    local = [Clip(), Gaussian(placement="client")]
+    for stack, expected in ((local, 2.0), ([*local, Clip()], 1.0)):
+        events = {e.view: e.event.noise_multiplier for e in DefenseStack(stack).events(context())}
+        assert events == {"message": 1.0, "sum": pytest.approx(expected)}
 
 
 @pytest.mark.parametrize("placement", ["client", "server"])
@@ -115,11 +293,21 @@ def test_noise_without_a_clip_is_refused():
         ("clip:norm=0", "norm must be a finite number > 0"),
         ("clip:norm=nan", "norm must be a finite number > 0"),
         ("clip:norm=abc", "clip:norm must be of type float, got 'abc'"),
-        ("clip:nrom=1", r"unknown option of defense clip 'nrom'; did you mean 'norm'\? \(known: norm\)"),
+        (
+            "clip:nrom=1",
+            r"unknown option of defense clip 'nrom'; did you mean 'norm'\? \(known: level, norm\)",
+        ),
         ("clip:0.5", "must look like name:key=value"),
         ("gaussian:noise_multiplier=-1", r"noise_multiplier must be a finite number >= 0, got -1\.0"),
         ("gaussian:placement=cloud", r"placement must be one of \('client', 'server'\), got 'cloud'"),
-        ("klip", r"unknown defense 'klip'; did you mean 'clip'\? \(known: clip, gaussian, secagg\)"),
+        ("klip", r"unknown defense 'klip'; did you mean 'clip'\? \(known: adaptive-clip, clip, "),
+        ("soft-clip:norm=0", "norm must be a finite number > 0"),
+        ("normalise:gamma=-1", "gamma must be a finite number >= 0"),
+        ("clip-layers:shares=even", r"shares must be one of \('equal', 'size'\)"),
+        ("adaptive-clip:quantile=2", "quantile must be between 0 and 1"),
+        ("adaptive-clip:bit_noise=-1", "bit_noise must be a finite number >= 0"),
+        ("gaussian:placement=client,level=example", "placement must be server at level example"),
+        ("clip:level=layer", r"level must be one of \('client', 'example'\)"),
     ],
 )
 def test_impossible_defenses_are_refused(spec, message):

@@ -236,12 +236,13 @@ def test_training_stops_at_the_target_and_a_finished_run_stays_finished():
 
 
 def test_failed_clients_are_out_of_the_privacy_events():
-    f = federation()
-    weights = [
-        c.weights for c in (f._context(fed.RoundResult(1, None, out)) for out in ((), (f.cohort(1)[0],)))
-    ]
-    assert [len(w) for w in weights] == [3, 2]
-    assert [float(w.sum()) for w in weights] == pytest.approx([1, 1])
+    """Noise of m equal clients adds up to √m of one's."""
+    noisy = task(LocalSpec(), [Clip(), Gaussian(placement="client")])
+    f = replace(federation(), task=noisy, clients=[tiny_examples(4)] * 30)
+    for failed in ((), f.cohort(1)[:1]):
+        events = {e.view: e.event.noise_multiplier for e in f.events_of(1, failed)}
+        assert events["message"] == 1
+        assert events["sum"] == pytest.approx((len(f.cohort(1)) - len(failed)) ** 0.5)
 
 
 def test_log_holds_every_round_and_every_client(tmp_path):

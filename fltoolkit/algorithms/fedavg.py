@@ -14,13 +14,15 @@ the differences are what the defenses act on. FedSGD is E = 1, B = ∞.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 from torch import Tensor
 
+from fltoolkit.defense import Sampling
 from fltoolkit.errors import require
 from fltoolkit.rng import stream
-from fltoolkit.training.round import Outcome, Task, run_round
+from fltoolkit.training.round import NOTHING, Memory, Outcome, Task, run_round
 from fltoolkit.types import Examples, LocalSpec
 
 
@@ -29,11 +31,22 @@ def fedsgd(lr: float) -> LocalSpec:
     return LocalSpec(epochs=1, batch=None, lr=lr)
 
 
-def select_clients(total: int, fraction: float, seed: int, number: int) -> list[int]:
-    """S_t: max(round(C·K), 1) of K = `total` clients without replacement, in increasing order."""
-    size = max(round(fraction * total), 1)
-    chosen = stream(seed, "round", number, "cohort").choice(total, size, replace=False)
+def select_clients(total: int, fraction: float, seed: int, number: int, sampling: str = "fixed") -> list[int]:
+    """S_t: max(round(C·K), 1) of K = `total` clients without replacement, in increasing order; or, with
+    sampling "poisson", each client by itself with probability C."""
+    rng = stream(seed, "round", number, "cohort")
+    if sampling == "poisson":
+        return np.flatnonzero(rng.random(total) < fraction).tolist()
+    chosen = rng.choice(total, max(round(fraction * total), 1), replace=False)
     return sorted(int(c) for c in chosen)
+
+
+def cohort_sampling(total: int, fraction: float, sampling: str = "fixed") -> Sampling:
+    """How `select_clients` chooses, as the accounting must know it."""
+    if sampling == "poisson":
+        return Sampling("poisson", fraction, total)
+    size = max(round(fraction * total), 1)
+    return Sampling("full" if size == total else "fixed", size / total, total)
 
 
 def server_update(params: Tensor, aggregate: Tensor, server_lr: float = 1.0) -> Tensor:
@@ -46,16 +59,21 @@ def fedavg(
     params: Tensor,
     clients: Sequence[Examples],
     fraction: float,
-    rounds: range,
+    rounds: Iterable[int],
     witnessed: Callable[[int], bool] = lambda _: True,
+    sampling: str = "fixed",
+    memory: Memory = NOTHING,
 ) -> Iterator[tuple[Outcome, Tensor]]:
     """Run the given round numbers from `params`; yields each round's outcome and w_{t+1} `[D]`.
 
-    witnessed: whether somebody looks on in a round, so that its transcript must be kept.
+    witnessed: whether somebody looks on in a round, so that its transcript must be kept. sampling: how S_t
+    is chosen, see `select_clients`. memory: what defenses kept of earlier rounds.
     """
     require(0 <= fraction <= 1, "fraction", "between 0 and 1", fraction)
+    how = cohort_sampling(len(clients), fraction, sampling)
     for number in rounds:
-        cohort = select_clients(len(clients), fraction, task.seed, number)
-        outcome = run_round(task, params, cohort, clients, number, witnessed(number))
+        cohort = select_clients(len(clients), fraction, task.seed, number, sampling)
+        outcome = run_round(task, params, cohort, clients, number, witnessed(number), how, memory)
+        memory = outcome.memory
         params = server_update(params, outcome.aggregate, task.server_lr)
         yield outcome, params

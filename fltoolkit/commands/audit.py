@@ -111,9 +111,10 @@ def _defended(defenses: tuple[str, ...]) -> str:
 
 
 def _summary(report: dict[str, Any], folder: Path) -> str:
-    from fltoolkit.report.terminal import epsilon, interval
+    from fltoolkit.report.epsilon import epsilon_lines
+    from fltoolkit.report.terminal import interval
 
-    m, e = report["metrics"], report["epsilon"]
+    m = report["metrics"]
     defenses = _defended(tuple(d["name"] for d in report["defenses"]))
     rate = m["success_rate"]
     return "\n".join(
@@ -125,8 +126,7 @@ def _summary(report: dict[str, Any], folder: Path) -> str:
             f"labels {m['label_accuracy']['mean']:.0%}",
             f"above {rate['threshold_db']:g} dB: {rate['value']:.0%} of victims{interval(rate['ci95'])}; "
             f"{report['seconds']:.1f} s",
-            f"ε of a message {epsilon(e['message'])}, of the aggregate {epsilon(e['aggregate'])} "
-            f"at δ = {e['delta']:g} (one round, per client)",
+            *epsilon_lines(report["epsilon"], "one round"),
             f"files: {folder / 'report.json'}, {folder / 'reconstruction.png'}",
         ]
     )

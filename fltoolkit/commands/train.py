@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fltoolkit.options import count_or_infinity, flag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fltoolkit.data import Dataset
+    from fltoolkit.defense import Defense
+    from fltoolkit.training.budget import Budget
     from fltoolkit.training.federation import Federation, State
     from fltoolkit.training.spy import Spy
 
@@ -19,7 +24,7 @@ ON_FAILURE = ("skip", "stop")
 NOT_THE_RUN = frozenset(
     {
         *("out", "resume", "json", "rounds", "target", "attack", "attack_every", "threat", "delta", "device"),
-        *("checkpoint_every", "engine"),
+        *("checkpoint_every", "engine", "epsilon_budget"),
     }
 )
 """Flags that may differ between a run and its resumption."""
@@ -58,8 +63,20 @@ class TrainOptions:
     attack: str | None = flag(None, "an attack that looks on, e.g. idlg", "NAME[:key=value]")
     attack_every: int = flag(10, "rounds between two looks of the attack, the first at round 1", "N")
     threat: str = flag("server", "who is looking: server or aggregate", "NAME")
+    equal_weights: bool = flag(False, "every client counts alike in the mean, not by its examples")
+    sampling: str = flag("fixed", "how a round chooses clients: fixed (max(C·K, 1)) or poisson", "NAME")
     delta: float = flag(1e-5, "δ at which ε is reported", "DELTA")
-    engine: str = flag("auto", "how a cohort trains: auto, batched, looped or vmapped", "NAME")
+    epsilon: float | None = flag(
+        None, "find the noise multiplier with which all rounds together cost this ε", "EPSILON", float
+    )
+    epsilon_budget: float | None = flag(
+        None, "stop before the round that would cost more than this ε", "EPSILON", float
+    )
+    engine: str = flag(
+        "auto",
+        "how a cohort trains: auto, batched, looped or vmapped; opacus for defenses on examples",
+        "NAME",
+    )
     on_failure: str = flag("skip", "when a client fails or sends NaN: skip it, or stop", "skip|stop")
     seed: int = flag(0, "seed of all random streams, >= 0", "N")
     device: str = flag("cpu", "where to compute: cpu, cuda, cuda:1, ...", "NAME")
@@ -73,23 +90,26 @@ class TrainOptions:
 
 def run_train(o: TrainOptions) -> int:
     """Train, write the files, print accuracy per round. InputError where the flags are impossible."""
+    from fltoolkit.commands.train_report import report_of, summary, write
     from fltoolkit.report.files import output_folder
 
     _check(o)
     federation, data = _federation(o)
+    budget = _budget(o, federation)
     spy = _spy(o, federation, data)
     folder = output_folder(o.out, "train")
-    state = _train(o, federation, spy, folder)
-    report = _report(o, federation, state, spy)
-    _write(folder, o, state, report, spy)
-    print(_summary(report, folder, spy), file=sys.stderr if o.json else sys.stdout)
+    state = _train(o, federation, spy, folder, budget)
+    report = report_of(o, federation, state, spy, budget)
+    write(folder, o, state, report, spy)
+    print(summary(report, folder, spy), file=sys.stderr if o.json else sys.stdout)
     if o.json:
         print(json.dumps(report, allow_nan=False))
     return 0
 
 
-def _train(o: TrainOptions, federation: Federation, spy: Spy, folder: Path) -> State:
+def _train(o: TrainOptions, federation: Federation, spy: Spy, folder: Path, budget: Budget) -> State:
     from fltoolkit.report import terminal
+    from fltoolkit.report.epsilon import by_round
     from fltoolkit.training import federation as fed
     from fltoolkit.training.log import RoundLog
 
@@ -98,13 +118,15 @@ def _train(o: TrainOptions, federation: Federation, spy: Spy, folder: Path) -> S
     state = fed.State(federation.task.layout.row(federation.task.model))
     if o.resume and checkpoint.exists():
         state = fed.resume(checkpoint, config)
-        state = fed.State(state.params.to(o.device), state.history)
+        memory = {k: v.to(o.device) for k, v in state.memory.items()}
+        state = fed.State(state.params.to(o.device), state.history, memory)
+        budget.rounds += federation.events(state.history)
     bar = terminal.Bar("round", every=2.0, start=state.round, ends=True)
     log = RoundLog(folder, state.round)
     saved = state
-    for step in fed.federate(federation, state, o.rounds, spy):
+    for step in fed.federate(federation, state, o.rounds, spy, budget):
         state = step.state
-        log(step)
+        log(step, by_round(budget))
         for f in step.outcome.failures:
             print(f"round {state.round}: left out: client {f.client} {f.reason}", file=sys.stderr)
         if state.round % o.checkpoint_every == 0:
@@ -131,6 +153,9 @@ def _check(o: TrainOptions) -> None:
     require(0 < o.delta < 1, "delta", "between 0 and 1", o.delta)
     require(0 < o.lr_decay <= 1, "lr_decay", "above 0 and at most 1", o.lr_decay)
     require(o.server_lr > 0, "server_lr", "> 0", o.server_lr)
+    for name in ("epsilon", "epsilon_budget"):
+        value = getattr(o, name)
+        require(value is None or 0 < value < inf, name, "a finite number > 0", value)
     require(o.seed >= 0, "seed", ">= 0", o.seed)
     require(o.on_failure in ON_FAILURE, "on_failure", "skip or stop", o.on_failure)
     check_device(o.device)
@@ -144,6 +169,7 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
     from fltoolkit.errors import InputError
     from fltoolkit.loss import cross_entropy
     from fltoolkit.rng import stream, torch_stream
+    from fltoolkit.training.budget import calibrated
     from fltoolkit.training.clients import Dealt
     from fltoolkit.training.federation import Federation
     from fltoolkit.training.round import Task
@@ -151,31 +177,57 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
 
     local = LocalSpec(o.epochs, o.batch, o.lr, o.momentum, o.weight_decay)
     check_local(local)
-    registry.make_stack(o.defense)
+    named = registry.make_stack(o.defense).all
     data = load(o.data)
     if data.test is None:
         raise InputError(f"data must have a test part to train on, got {o.data!r}, which has none")
     shape, classes = data.input_shape, data.num_classes
-    model = models.build(o.model, shape, classes, torch_stream(o.seed, "model")).to(o.device)
+    plain = models.build(o.model, shape, classes, torch_stream(o.seed, "model"))
+    model = registry.make_stack(named).model(plain, shape).to(o.device)
     models.check_fits(model, shape, classes, data.tokens)
     parts = partition(
         o.partition, data.train.y.numpy(), o.clients, stream(o.seed, "partition"), data.client_ids
     )
-    stack = registry.make_stack(o.defense, max(round(o.fraction * len(parts)), 1))
-    clients = Dealt(data.train.to(o.device), parts)
-    task = Task(
-        model,
-        cross_entropy,
-        local,
-        stack,
-        o.seed,
-        lr_decay=o.lr_decay,
-        server_lr=o.server_lr,
-        engine=o.engine,
-        stop_on_failure=o.on_failure == "stop",
-    )
-    task.engine_for(shape)
-    return Federation(task, clients, data.test.to(o.device), o.fraction, o.eval_every, o.target), data
+    cohort = max(round(o.fraction * len(parts)), 1) if o.sampling == "fixed" else None
+    clients, test = Dealt(data.train.to(o.device), parts), data.test.to(o.device)
+
+    def federation(defenses: Sequence[Defense]) -> Federation:
+        task = Task(
+            model,
+            cross_entropy,
+            local,
+            registry.make_stack(defenses, cohort),
+            o.seed,
+            lr_decay=o.lr_decay,
+            server_lr=o.server_lr,
+            engine=o.engine,
+            stop_on_failure=o.on_failure == "stop",
+            equal_weights=o.equal_weights,
+        )
+        return Federation(task, clients, test, o.fraction, o.eval_every, o.target, o.sampling)
+
+    found = federation(named)
+    if o.epsilon is not None:
+        found = federation(calibrated(named, federation, o.rounds, o.epsilon, o.delta))
+    found.task.check(shape)
+    return found, data
+
+
+def _budget(o: TrainOptions, federation: Federation) -> Budget:
+    from fltoolkit.errors import InputError
+    from fltoolkit.training.budget import Budget
+
+    budget = Budget(federation.task.stack.hides_messages, o.delta, o.epsilon_budget or inf)
+    if o.epsilon_budget is not None and not budget.spent([federation.events_of(1)]):
+        raise InputError("epsilon_budget must come with a defense that has an ε, got none")
+    counts = {"client": len(federation.clients), "example": sum(map(len, federation.clients))}
+    for unit in budget.spent([federation.events_of(1)]):
+        if o.delta >= 1 / counts[unit]:
+            text = (
+                f"delta {o.delta:g} is not below 1 / {counts[unit]} {unit}s: publishing one of them would do"
+            )
+            print(f"warning: {text}", file=sys.stderr)
+    return budget
 
 
 def _spy(o: TrainOptions, federation: Federation, data: Dataset) -> Spy:
@@ -187,76 +239,3 @@ def _spy(o: TrainOptions, federation: Federation, data: Dataset) -> Spy:
     if attack is not None:
         check_searchable(data)
     return Spy(attack, make_threat(o.threat), federation.task, data, o.attack_every)
-
-
-def _report(o: TrainOptions, federation: Federation, state: State, spy: Spy) -> dict[str, Any]:
-    from fltoolkit.accounting import epsilon_by_view
-    from fltoolkit.report import document
-    from fltoolkit.scoring import summarise
-
-    stack = federation.task.stack
-    epsilons = epsilon_by_view(federation.events(state.history), stack.hides_messages, o.delta)
-    flags = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(o).items()}
-    return {
-        "schema": document.TRAIN_SCHEMA,
-        "command": document.command_line(),
-        "options": {k: v for k, v in flags.items() if k not in ("out", "resume", "json")},
-        "clients": len(federation.clients),
-        "note": spy.data.note,
-        "engine": federation.task.engine_for(tuple(federation.test.x.shape[1:])).name,
-        "defenses": [dict(d) for d in stack.public()],
-        "rounds": state.round,
-        "accuracy": [{"round": n, "value": t.accuracy, "ci95": list(t.ci95)} for n, t in state.evaluated],
-        "target_reached": state.reached(o.target) if o.target is not None else None,
-        "failed": {str(r.number): list(r.failed) for r in state.history if r.failed},
-        "test_examples": len(federation.test),
-        "epsilon": {k: document.finite(v) for k, v in epsilons.items()}
-        | {"delta": o.delta, "unit": "client", "adjacency": "zero-out"},
-        "leakage": [{"round": r, "metrics": summarise([s], 30.0)} for r, s in spy.seen],
-        "versions": document.versions(),
-    }
-
-
-def _write(folder: Path, o: TrainOptions, state: State, report: dict[str, Any], spy: Spy) -> None:
-    from fltoolkit.report.figures import accuracy_figure, reconstruction_figure
-    from fltoolkit.report.files import write_json
-
-    write_json(folder / "report.json", report)
-    title = (
-        f"FedAvg on {o.data}, {o.model}: K={report['clients']}, C={o.fraction:g}, "
-        f"E={o.epochs}, B={o.batch or '∞'}"
-    )
-    accuracy_figure(folder / "accuracy.png", state.evaluated, title)
-    if spy.seen:
-        rounds = ", ".join(str(r) for r, _ in spy.seen)
-        heading = f"{o.attack} on a live update, rounds {rounds} ({o.threat} view)"
-        low, high = spy.data.input_range
-        reconstruction_figure(folder / "reconstruction.png", [s for _, s in spy.seen], heading, high - low)
-
-
-def _summary(report: dict[str, Any], folder: Path, spy: Spy) -> str:
-    from fltoolkit.report.terminal import epsilon, interval, table
-
-    accuracy = report["accuracy"]
-    every = max(1, len(accuracy) // 10)
-    rows = [
-        (str(a["round"]), f"{a['value']:.3f}{interval(a['ci95'], 3)}")
-        for i, a in enumerate(accuracy)
-        if i in (0, len(accuracy) - 1) or (i + 1) % every == 0
-    ]
-    lines = [table(("round", "test accuracy"), rows)]
-    for r, s in spy.seen:
-        lines.append(
-            f"round {r}: the adversary recovers a batch of {len(s.truth)} "
-            f"at PSNR {float(s.psnr.mean()):.2f} dB "
-            f"({float(s.gain.mean()):+.2f} over a trivial guess), labels {s.labels:.0%}"
-        )
-    e = report["epsilon"]
-    lines.append(
-        f"ε of messages {epsilon(e['message'])}, of the aggregates {epsilon(e['aggregate'])} "
-        f"at δ = {e['delta']:g} (all rounds, per client)"
-    )
-    if report["note"]:
-        lines.append(f"note: {report['note']}")
-    lines.append("files: " + ", ".join(str(p) for p in sorted(folder.iterdir()) if p.is_file()))
-    return "\n".join(lines)

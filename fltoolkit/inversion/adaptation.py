@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf, isfinite, prod, sqrt
 from typing import Any
 
 import torch
 
-from fltoolkit.inversion.distance import SCALE_FREE, Distance, Masked, Signs, Times, cosine, scaled
+from fltoolkit.inversion.distance import (
+    SCALE_FREE,
+    Distance,
+    First,
+    Masked,
+    Parts,
+    Signs,
+    Times,
+    cosine,
+    scaled,
+)
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.types import Observation
 
@@ -72,22 +83,36 @@ def keeps_length(observation: Observation) -> bool:
     """
     o = observation
     norms = [float(d["norm"]) for d in o.defenses if d["name"] == "clip"]
+    inside = any(d.get("level") == "example" and d["name"] == "clip" for d in o.defenses)
     length = float(torch.linalg.vector_norm(o.update.double()))
-    untouched = not norms or (o.clients == 1 and length < min(norms) * (1 - 1e-4))
+    untouched = not norms or (o.clients == 1 and not inside and length < min(norms) * (1 - 1e-4))
     return untouched and {str(d["name"]) for d in o.defenses} <= KEEP_LENGTH
 
 
 def noise_std(observation: Observation) -> float:
     """Standard deviation of the Gaussian noise on a coordinate of `observation.gradient`; 0 without any."""
-    o, clip, variance = observation, inf, 0.0
+    o, variance = observation, 0.0
+    clip = {"client": inf, "example": inf}
     for defense in o.defenses:
-        if defense["name"] == "clip":
-            clip = min(clip, float(defense["norm"]))
-        elif defense["name"] == "gaussian" and isfinite(clip):
-            std = float(defense["noise_multiplier"]) * clip
-            shared = sqrt(o.clients) if defense["placement"] == "client" else o.clients
-            variance += (std / shared) ** 2
+        level = str(defense.get("level", "client"))
+        if "norm" in defense:
+            clip[level] = min(clip[level], float(defense["norm"]))
+        elif defense["name"] == "gaussian":
+            per_row = 1.0 if defense.get("unbounded") else clip[level]
+            std = float(defense["noise_multiplier"]) * per_row
+            if isfinite(std):
+                variance += (std * _share(o, defense, level)) ** 2
     return sqrt(variance) / o.step_size
+
+
+def _share(o: Observation, defense: Mapping[str, Any], level: str) -> float:
+    """What a row's noise counts in the update: it is averaged over clients or, inside local training, added
+    to the mean gradient of each of u steps."""
+    if level == "example":
+        batch = o.per_client if o.local is None else o.local.batch or o.per_client
+        lr = 1.0 if o.local is None else o.local.lr
+        return lr * sqrt(o.local_steps / o.clients) / min(batch, o.per_client)
+    return 1 / sqrt(o.clients) if defense["placement"] == "client" else 1 / o.clients
 
 
 def _variation(observation: Observation) -> float:
@@ -107,11 +132,25 @@ def _clip(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptati
     return replace(a, distance=_blind(a.distance), words=(*a.words, "distance blind to scale, for the clip"))
 
 
+def _scaled(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    words = f"distance blind to scale, for {defense['name']}"
+    return replace(a, distance=_blind(a.distance), words=(*a.words, words))
+
+
+def _by_layer(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    inner = a.distance if isinstance(a.distance, Times | Signs | Parts) else _blind(a.distance)
+    words = f"distance blind to the scale of each of {len(o.layout.sizes)} parameter tensors"
+    fitted = inner if inner is a.distance else Parts(inner, o.layout.sizes)
+    return replace(a, distance=fitted, words=(*a.words, words))
+
+
 def _blind(distance: Distance) -> Distance:
     """The distance without the scale: its own kind where there is one, the cosine otherwise."""
     if isinstance(distance, Masked):
         return Masked(_blind(distance.inner))
-    if isinstance(distance, Times | Signs):
+    if isinstance(distance, First):
+        return First(_blind(distance.inner), distance.count)
+    if isinstance(distance, Times | Signs | Parts):
         return distance
     return SCALE_FREE.get(distance, cosine)
 
@@ -139,16 +178,33 @@ def _masked(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adapta
     return replace(a, distance=Masked(a.distance), words=(*a.words, words))
 
 
+def _before_bottleneck(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    """Scheliga et al. 2022, arXiv:2208.04767: the gradients of what was drawn are left out."""
+    offsets = dict(zip(o.layout.names, accumulate(o.layout.sizes, initial=0), strict=False))
+    count = next((at for n, at in offsets.items() if n.endswith("encoder.weight")), 0)
+    if count == 0:
+        return a
+    words = (
+        f"distance over the {count} of {o.layout.size} coordinates before the bottleneck, drawn at its mean"
+    )
+    return replace(a, distance=First(a.distance, count), words=(*a.words, words))
+
+
 def _signs(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
     return replace(a, distance=Signs(), words=(*a.words, "agreement of signs, magnitudes unknown"))
 
 
 RULES: dict[str, Rule] = {
     "clip": _clip,
+    "normalise": _scaled,
+    "soft-clip": _scaled,
+    "adaptive-clip": _scaled,
+    "clip-layers": _by_layer,
     "gaussian": _gaussian,
     "topk": _masked,
     "randk": _masked,
     "prune": _masked,
     "soteria": _masked,
     "sign": _signs,
+    "precode": _before_bottleneck,
 }

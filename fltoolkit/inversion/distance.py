@@ -113,6 +113,35 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The mean over parts of a row, of the given sizes, of another distance: with one blind to scale, for
+    updates of which every layer was scaled by a factor of its own."""
+
+    inner: Distance
+    sizes: tuple[int, ...]
+
+    def __call__(self, g: Tensor, t: Tensor) -> Tensor:
+        d = g.new_zeros(len(g))
+        for a, b in zip(g.split(self.sizes, dim=1), t.split(self.sizes, dim=1), strict=True):
+            d += self.inner(a, b)
+        g.div_(len(self.sizes))
+        return d / len(self.sizes)
+
+
+@dataclass(frozen=True)
+class First:
+    """Another distance over the first `count` coordinates, where the others say nothing, or only noise."""
+
+    inner: Distance
+    count: int
+
+    def __call__(self, g: Tensor, t: Tensor) -> Tensor:
+        d = self.inner(g[:, : self.count], t[:, : self.count])
+        g[:, self.count :] = 0
+        return d
+
+
+@dataclass(frozen=True)
 class Signs:
     """For updates of which only signs were sent: a smooth hinge, mean over coordinates of
     softplus(−κ g_i sign(t_i) / rms(g)) / log 2. It is 1 for g = 0 and falls to 0 as signs agree."""

@@ -20,6 +20,7 @@ from fltoolkit.inversion.client import State, Update, eager_step, in_bf16, local
 from fltoolkit.inversion.compiled import CompilationError, Compiled, evaluation, unfolded
 from fltoolkit.inversion.distance import Distance, squared
 from fltoolkit.inversion.prior import Prior
+from fltoolkit.training.engines.base import without_draws
 from fltoolkit.types import LocalSpec, Observation
 
 CHUNK_FLOATS = 2**25
@@ -66,7 +67,8 @@ class GradientMatching:
 
     Row s of a guess belongs to problem `owner[s]` and holds the flat inputs, then, where labels are
     optimised too (`labels` is None), the label logits `[N, classes]`. labels `[S, N]` fixes them row by row.
-    All observations must share architecture, batch size and input shape.
+    All observations must share architecture, batch size and input shape. Layers that draw are in evaluation
+    mode: what a client drew is not known.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class GradientMatching:
         labels: Tensor | None,
         objective: Objective | None = None,
     ) -> None:
-        first = observations[0]
+        first = replace(observations[0], model=without_draws(observations[0].model))
         self.objective = objective or Objective()
         if self.objective.precision == "bf16" and has_batch_norm(first.model):
             # PyTorch cannot stack a BatchNorm whose input and statistics differ in precision.

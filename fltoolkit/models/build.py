@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fltoolkit.errors import InputError, unknown
-from fltoolkit.models.images import cifarcnn, cnn, convnet, lenet, mlp, resnet18, softmax, two_nn
+from fltoolkit.models.images import cifarcnn, cnn, convnet, lenet, mlp, resnet18, softmax, tanhcnn, two_nn
 from fltoolkit.models.text import PeepholeLstm, charlstm, wordlstm
 from fltoolkit.types import Layout
 
@@ -46,6 +46,7 @@ MODELS: dict[str, Model] = {
     "wordlstm": Model(
         wordlstm, "next word, FedAvg's peephole LSTM, 4,950,544 parameters with 10,000 words", reads="tokens"
     ),
+    "tanhcnn": Model(tanhcnn, "tanh CNN for DP-SGD (Papernot et al. 2021), 26,010 parameters on MNIST"),
     "mlp": Model(mlp, "one hidden layer of 256 sigmoid units"),
     "softmax": Model(softmax, "multinomial logistic regression"),
 }

@@ -98,7 +98,3 @@ def audit_table(victims: Sequence[Scored]) -> str:
 def interval(ci: Sequence[float] | None, digits: int = 2) -> str:
     """` [low, high]`, or nothing where there is none."""
     return "" if ci is None else f" [{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
-
-
-def epsilon(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.3f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 
 from fltoolkit.accounting import Rounds
-from fltoolkit.algorithms.fedavg import fedavg, select_clients
-from fltoolkit.defense import RoundContext
+from fltoolkit.algorithms.fedavg import cohort_sampling, fedavg, select_clients
+from fltoolkit.defense import Local, RoundContext
 from fltoolkit.errors import InputError, require
 from fltoolkit.report.files import write_atomic
+from fltoolkit.training.budget import Budget
 from fltoolkit.training.evaluate import Evaluation, evaluate
-from fltoolkit.training.round import Outcome, Task
-from fltoolkit.types import Examples, Transcript
+from fltoolkit.training.round import Memory, Outcome, Task, counts, round_events
+from fltoolkit.types import Examples, PrivacyEvent, Transcript
+
+KINDS = ("fixed", "poisson")
+"""How a round's cohort can be chosen."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Witness(Protocol):
 class Federation:
     """K clients with their data, a task, a test set and the share C of clients that each round samples.
 
-    eval_every: rounds between two evaluations; the last round is always evaluated. target: the test
-    accuracy at which training stops (None: never).
+    sampling: how: "fixed", max(round(C·K), 1) of them without replacement, or "poisson", each by itself with
+    probability C. eval_every: rounds between two evaluations; the last round is always evaluated. target: the
+    test accuracy at which training stops (None: never).
     """
 
     task: Task
@@ -55,6 +61,7 @@ class Federation:
     fraction: float
     eval_every: int = 1
     target: float | None = None
+    sampling: str = "fixed"
 
     def __post_init__(self) -> None:
         require(0 <= self.fraction <= 1, "fraction", "between 0 and 1", self.fraction)
@@ -62,25 +69,35 @@ class Federation:
         good = self.target is None or 0 < self.target <= 1
         require(good, "target", "an accuracy above 0 and at most 1", self.target)
 
+        require(self.sampling in KINDS, "sampling", f"one of {KINDS}", self.sampling)
+
     def cohort(self, number: int) -> list[int]:
-        return select_clients(len(self.clients), self.fraction, self.task.seed, number)
+        return select_clients(len(self.clients), self.fraction, self.task.seed, number, self.sampling)
 
     def events(self, history: Sequence[RoundResult]) -> Rounds:
         """The privacy events of the rounds in `history`, without running them again."""
-        return [self.task.stack.events(self._context(r)) for r in history]
+        return [self.events_of(r.number, r.failed) for r in history]
 
-    def _context(self, result: RoundResult) -> RoundContext:
-        cohort = [c for c in self.cohort(result.number) if c not in result.failed]
-        sizes = torch.tensor([float(len(self.clients[c])) for c in cohort])
-        return RoundContext(self.task.seed, result.number, tuple(cohort), sizes / sizes.sum())
+    def events_of(self, number: int, failed: Sequence[int] = ()) -> tuple[PrivacyEvent, ...]:
+        """The privacy events of round `number`, in which the clients `failed` fail."""
+        cohort = [c for c in self.cohort(number) if c not in failed]
+        sizes = [len(self.clients[c]) for c in cohort]
+        sampling = cohort_sampling(len(self.clients), self.fraction, self.sampling)
+        n = counts(self.task, sampling, sizes)
+        poisson = sampling.kind == "poisson"
+        weights = n / (sampling.rate * sampling.population if poisson else n.sum())
+        local = Local(self.task.model, torch.empty(0), self.task.loss, self.task.layout)
+        ctx = RoundContext(self.task.seed, number, tuple(cohort), weights, sampling=sampling, local=local)
+        return round_events(self.task, ctx, sizes)
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: parameters `[D]` after the rounds in `history`."""
+    """Where a run stands: parameters `[D]` after the rounds in `history`, and what defenses remember."""
 
     params: Tensor
     history: tuple[RoundResult, ...] = field(default=())
+    memory: Memory = field(default_factory=dict)
 
     @property
     def round(self) -> int:
@@ -104,24 +121,34 @@ class Progressed:
 
 
 def federate(
-    federation: Federation, state: State, rounds: int, witness: Witness | None = None
+    federation: Federation,
+    state: State,
+    rounds: int,
+    witness: Witness | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[Progressed]:
     """Go on from `state` to round `rounds` or to the target; yields after each round. `witness` is shown
-    the transcripts that it wants."""
+    the transcripts that it wants. A `budget` ends the run before the round that would exceed it."""
     if state.reached(federation.target):
         return
-    numbers = range(state.round + 1, rounds + 1)
+    numbers = takewhile(
+        lambda n: budget is None or budget.allows(federation.events_of(n)),
+        range(state.round + 1, rounds + 1),
+    )
     wants = witness.wants if witness is not None else lambda _: False
-    steps = fedavg(federation.task, state.params, federation.clients, federation.fraction, numbers, wants)
+    f = federation
+    steps = fedavg(f.task, state.params, f.clients, f.fraction, numbers, wants, f.sampling, state.memory)
     begun = time.perf_counter()
     for outcome, params in steps:
+        if budget is not None:
+            budget.spend(outcome.events)
         if witness is not None and outcome.transcript is not None:
             witness(outcome.transcript)
         test = None
         if outcome.number % federation.eval_every == 0 or outcome.number == rounds:
             test = evaluate(federation.task, params, federation.test)
         failed = tuple(f.client for f in outcome.failures)
-        state = State(params, (*state.history, RoundResult(outcome.number, test, failed)))
+        state = State(params, (*state.history, RoundResult(outcome.number, test, failed)), outcome.memory)
         now = time.perf_counter()
         yield Progressed(state, outcome, now - begun)
         if test is not None and federation.target is not None and test.accuracy >= federation.target:
@@ -134,7 +161,8 @@ def save(path: Path, state: State, config: dict[str, Any]) -> None:
     history = [
         (r.number, r.test and (r.test.correct, r.test.total, r.test.loss), r.failed) for r in state.history
     ]
-    content = {"params": state.params.cpu(), "history": history, "config": config}
+    memory = {key: value.cpu() for key, value in state.memory.items()}
+    content = {"params": state.params.cpu(), "history": history, "memory": memory, "config": config}
     write_atomic(path, lambda p: torch.save(content, p))
 
 
@@ -146,7 +174,7 @@ def resume(path: Path, config: dict[str, Any]) -> State:
             RoundResult(n, test and Evaluation(*test), tuple(failed))
             for n, test, failed in content["history"]
         )
-        saved, params = content["config"], content["params"]
+        saved, params, memory = content["config"], content["params"], content["memory"]
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError) as e:
         raise InputError(f"checkpoint must be one that `train` wrote, got {str(path)!r}") from e
     for key in config:
@@ -154,4 +182,4 @@ def resume(path: Path, config: dict[str, Any]) -> State:
             raise InputError(
                 f"{key} must be {saved.get(key)!r} as in the checkpoint {str(path)!r}, got {config[key]!r}"
             )
-    return State(params, history)
+    return State(params, history, memory)

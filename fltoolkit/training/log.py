@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from fltoolkit.report.files import write_atomic
@@ -13,10 +15,14 @@ from fltoolkit.training.federation import Progressed
 METRICS = "metrics.jsonl"
 
 
-def entry(progressed: Progressed) -> dict[str, Any]:
-    """One round as plain data: the test result (null where it was not evaluated, and a loss
-    that overflows), each client's examples
-    and the L2 norm of its update before any defense, and who failed and why."""
+Spent = Mapping[str, Mapping[str, float | None]]
+"""ε so far by unit and view, null where infinite."""
+
+
+def entry(progressed: Progressed, epsilon: Spent = MappingProxyType({})) -> dict[str, Any]:
+    """One round as plain data: the test result (null where it was not evaluated, and a loss that overflows),
+    ε so far, local steps without an example, each client's examples and the L2 norm of its update before any
+    defense, and who failed and why."""
     outcome, test = progressed.outcome, progressed.state.history[-1].test
     norms = outcome.norms.tolist()
     return {
@@ -25,6 +31,8 @@ def entry(progressed: Progressed) -> dict[str, Any]:
         "ci95": None if test is None else list(test.ci95),
         "loss": None if test is None or not isfinite(test.loss) else test.loss,
         "seconds": progressed.seconds,
+        "epsilon": {unit: dict(views) for unit, views in epsilon.items()},
+        "empty_batches": outcome.empty_batches,
         "clients": [
             {"client": c, "examples": n, "update_norm": norm}
             for c, n, norm in zip(outcome.clients, outcome.num_examples, norms, strict=True)
@@ -47,8 +55,8 @@ class RoundLog:
         self._lines: IO[str] = path.open("a", encoding="utf-8")
         self._board = _board(folder / "tensorboard", start)
 
-    def __call__(self, progressed: Progressed) -> None:
-        line = entry(progressed)
+    def __call__(self, progressed: Progressed, epsilon: Spent = MappingProxyType({})) -> None:
+        line = entry(progressed, epsilon)
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
         if self._board is None:
@@ -56,8 +64,13 @@ class RoundLog:
         for name in ("accuracy", "loss", "seconds"):
             if line[name] is not None:
                 self._board.add_scalar(f"round/{name}", line[name], line["round"])
+        for unit, views in epsilon.items():
+            for view, value in views.items():
+                if value is not None:
+                    self._board.add_scalar(f"epsilon/{unit}_{view}", value, line["round"])
         norms = progressed.outcome.norms
-        self._board.add_scalar("clients/mean_update_norm", float(norms.mean()), line["round"])
+        if len(norms):
+            self._board.add_scalar("clients/mean_update_norm", float(norms.mean()), line["round"])
         self._board.add_scalar("clients/failed", len(line["failed"]), line["round"])
 
     def close(self) -> None:

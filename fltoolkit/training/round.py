@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from fltoolkit.data import Dataset
-from fltoolkit.defense import DefenseStack, RoundContext
-from fltoolkit.errors import InputError
-from fltoolkit.rng import stream
+from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
+from fltoolkit.errors import InputError, require
+from fltoolkit.rng import Key, stream
 from fltoolkit.threat import Public
 from fltoolkit.training.engines import AUTO, Engine, choose
+from fltoolkit.training.private.clipped import check_private
+from fltoolkit.training.private.local import OPACUS, Trainer
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss, PrivacyEvent, Transcript, Updates
+
+Memory = Mapping[tuple[Key, ...], Tensor]
+"""What defenses keep from round to round, by defense and their own key."""
+
+EVERYBODY = Sampling()
+NOTHING: Memory = MappingProxyType({})
 
 CHUNK_BYTES = 256 << 20
 """Rows of a cohort that are in memory at once, unless somebody must see them all."""
@@ -27,9 +36,10 @@ class Task:
     """What every participant knows before the first round: the model, the loss, the local recipe and the
     defenses, and under which seed the random streams are named.
 
-    lr_decay: η in round t is lr · lr_decay^(t−1). server_lr: w_{t+1} = w_t + server_lr · aggregate.
-    engine: which engine trains the cohort. stop_on_failure: raise InputError when a client fails or
-    sends NaN, instead of leaving it out of the round's mean.
+    equal_weights: every client counts alike in the mean, not by its n_k. lr_decay: η in round t is lr ·
+    lr_decay^(t−1). server_lr: w_{t+1} = w_t + server_lr · aggregate. engine: which engine trains the
+    cohort. stop_on_failure: raise InputError when a client fails or sends NaN, instead of leaving it out of
+    the round's mean.
     """
 
     model: nn.Module
@@ -41,6 +51,7 @@ class Task:
     server_lr: float = 1.0
     engine: str = AUTO
     stop_on_failure: bool = True
+    equal_weights: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -52,6 +63,22 @@ class Task:
 
     def engine_for(self, input_shape: tuple[int, ...]) -> Engine:
         return choose(self.model, self.loss, input_shape, self.engine)
+
+    def check(self, input_shape: tuple[int, ...]) -> None:
+        """Raise InputError where no engine can train the model as the defenses want."""
+        if not self.stack.examples.defenses:
+            self.engine_for(input_shape)
+            return
+        check_private(self.model)
+        require(
+            self.engine in (AUTO, OPACUS), "engine", "auto or opacus with defenses on examples", self.engine
+        )
+
+    def engine_name(self, input_shape: tuple[int, ...]) -> str:
+        """What trains the cohort, for reports."""
+        if self.stack.examples.defenses:
+            return "private" if self.engine == AUTO else self.engine
+        return self.engine_for(input_shape).name
 
     def public(self, data: Dataset) -> Public:
         """What everybody knows of a federation that trains this task on `data`, the test split of which is
@@ -81,7 +108,9 @@ class Outcome:
     """What a round left behind.
 
     clients: those in the mean; num_examples and norms `[K]`: their n_k and ‖w_k − w_t‖₂ before any
-    defense. aggregate `[D]` as released. transcript: the round as it happened, where somebody looked on.
+    defense. aggregate `[D]` as released. memory: what defenses keep for the next round. empty_batches: local
+    steps that Poisson sampling gave no example. transcript: the round as it happened, where somebody looked
+    on.
     """
 
     number: int
@@ -92,6 +121,8 @@ class Outcome:
     aggregate: Tensor
     events: tuple[PrivacyEvent, ...]
     transcript: Transcript | None
+    memory: Memory = field(default_factory=dict)
+    empty_batches: int = 0
 
 
 def run_round(
@@ -101,15 +132,18 @@ def run_round(
     clients: Sequence[Examples],
     number: int,
     witnessed: bool = True,
+    sampling: Sampling = EVERYBODY,
+    memory: Memory = NOTHING,
 ) -> Outcome:
     """Train the members `cohort` of `clients` from `params [D]` in round `number`, through all defenses.
 
     The cohort streams through in chunks and the aggregate is a fold; witnessed keeps every row for the
     transcript. A client fails where its data cannot be read, its training raises, or its update is not
-    finite; the weights of the others are renormalised. Raises InputError where the task says to stop
-    on failure, and where every client failed.
+    finite; the weights of the others are renormalised. A Poisson cohort is divided by its expected size
+    instead, every client counts alike, and it may be empty. memory: what defenses kept of earlier rounds.
+    Raises InputError where the task says to stop on failure, and where every client failed.
     """
-    fold = _Fold(task, params, clients, number, witnessed)
+    fold = _Fold(task, params, clients, number, witnessed, sampling, memory)
     at_once = max(1, CHUNK_BYTES // (params.numel() * params.element_size()))
     for a in range(0, len(cohort), at_once):
         fold.add(cohort[a : a + at_once])
@@ -121,9 +155,17 @@ class _Fold:
     must see every row."""
 
     def __init__(
-        self, task: Task, params: Tensor, clients: Sequence[Examples], number: int, witnessed: bool
+        self,
+        task: Task,
+        params: Tensor,
+        clients: Sequence[Examples],
+        number: int,
+        witnessed: bool,
+        sampling: Sampling,
+        memory: Memory,
     ) -> None:
         self.task, self.params, self.source, self.number = task, params, clients, number
+        self.sampling, self.memory, self.empty = sampling, dict(memory), 0
         self.witnessed, self.keep = witnessed, witnessed or task.stack.hides_messages
         self.local = task.local_in(number)
         self.total = torch.zeros_like(params)
@@ -138,14 +180,15 @@ class _Fold:
     def add(self, members: Sequence[int]) -> None:
         """Train some of the cohort and add what they send."""
         data = self._fetch(members)
-        sent, delta = self._train(data) if data else ([], self.params.new_empty(0))
+        inputs = self._inputs(data)
+        sent, delta = self._train(inputs) if data else ([], self.params.new_empty(0))
         if self.failures and self.task.stop_on_failure:
             raise InputError(f"update of client {self.failures[0].client} {self.failures[0].reason}")
         if not sent:
             return
         sizes = [len(data[c]) for c in sent]
-        messages = self.task.stack.clients(delta, self._context(sent, sizes))
-        self.total += torch.tensor(sizes).to(self.params) @ messages
+        messages = self.task.stack.clients(delta, self._context(sent, sizes, inputs))
+        self.total += self._counts(sizes) @ messages
         self.clients += sent
         self.sizes += sizes
         self.norms.append(vector_norm(delta, dim=1))
@@ -155,41 +198,45 @@ class _Fold:
             self.truth += [data[c] for c in sent]
 
     def close(self) -> Outcome:
-        if not self.clients:
+        if not self.clients and (self.failures or self.sampling.kind != "poisson"):
             reasons = "; ".join(f"client {f.client} {f.reason}" for f in self.failures[:3])
             raise InputError(f"round {self.number} must have a client that succeeds, got: {reasons}")
         stack, ctx = self.task.stack, self._context(self.clients, self.sizes)
-        total = self.total / sum(self.sizes)
-        messages = torch.cat(self.messages) if self.keep else None
+        total = self.total / self._divisor(self.sizes)
+        messages = torch.cat(self.messages) if self.keep and self.messages else None
         if messages is not None and stack.hides_messages:
             messages, total = stack.secure_sum(messages, ctx)
-        aggregate, events = stack.server(total, ctx), stack.events(ctx)
+        aggregate = stack.server(total, ctx)
+        events = round_events(self.task, ctx, self.sizes)
         return Outcome(
             number=self.number,
             clients=ctx.clients,
             num_examples=tuple(self.sizes),
-            norms=torch.cat(self.norms),
+            norms=torch.cat(self.norms) if self.norms else self.params.new_empty(0),
             failures=tuple(self.failures),
             aggregate=aggregate,
             events=events,
-            transcript=self._transcript(messages, total, aggregate, ctx, events) if self.witnessed else None,
+            transcript=self._transcript(messages, total, aggregate, ctx, events)
+            if self.witnessed and messages is not None
+            else None,
+            memory=self.memory,
+            empty_batches=self.empty,
         )
 
     def _transcript(
         self,
-        messages: Tensor | None,
+        messages: Tensor,
         total: Tensor,
         aggregate: Tensor,
         ctx: RoundContext,
         events: tuple[PrivacyEvent, ...],
     ) -> Transcript:
-        assert messages is not None
         sizes = torch.tensor(self.sizes, device=self.params.device)
         return Transcript(
             broadcast=self.params,
-            messages=messages,
+            messages=messages if self.task.stack.hides_messages else self.task.stack.read(messages, ctx),
             messages_hidden=self.task.stack.hides_messages,
-            total=total,
+            total=self.task.stack.read(total[None], ctx)[0],
             aggregate=aggregate,
             weights=ctx.weights,
             updates=Updates(torch.cat(self.rows), ctx.clients, sizes, self.task.layout, self.number),
@@ -198,9 +245,36 @@ class _Fold:
             events=events,
         )
 
-    def _context(self, clients: Sequence[int], sizes: Sequence[int]) -> RoundContext:
-        n = torch.tensor(sizes).to(self.params)
-        return RoundContext(self.task.seed, self.number, tuple(clients), n / n.sum())
+    def _counts(self, sizes: Sequence[int]) -> Tensor:
+        return counts(self.task, self.sampling, sizes).to(self.params)
+
+    def _divisor(self, sizes: Sequence[int]) -> float:
+        """What the sum is divided by: all that the clients count, or the expected size of a Poisson
+        cohort."""
+        poisson = self.sampling.kind == "poisson"
+        return self.sampling.rate * self.sampling.population if poisson else float(self._counts(sizes).sum())
+
+    def _context(
+        self,
+        clients: Sequence[int],
+        sizes: Sequence[int],
+        data: Mapping[int, Examples] = MappingProxyType({}),
+    ) -> RoundContext:
+        task = self.task
+        return RoundContext(
+            task.seed,
+            self.number,
+            tuple(clients),
+            self._counts(sizes) / self._divisor(sizes),
+            sampling=self.sampling,
+            memory=self.memory,
+            local=Local(task.model, self.params, task.loss, task.layout, data),
+        )
+
+    def _inputs(self, data: dict[int, Examples]) -> dict[int, Examples]:
+        """What the members train on, after the defenses that act on inputs."""
+        ctx = self._context(list(data), [len(d) for d in data.values()], data)
+        return {c: self.task.stack.inputs(d, ctx, c) for c, d in data.items()}
 
     def _fetch(self, members: Sequence[int]) -> dict[int, Examples]:
         """The members' data; who cannot be read is noted as failed."""
@@ -216,10 +290,8 @@ class _Fold:
         """Who sends, and their w_k − w_t `[K, D]`. Where training raises, each client trains alone, so that
         one cannot take the others with it."""
         members, examples = list(data), list(data.values())
-        rngs = [stream(self.task.seed, "round", self.number, "client", c, "batches") for c in members]
         try:
-            engine = self.task.engine_for(tuple(examples[0].x.shape[1:]))
-            rows = engine(self.params, examples, self.local, rngs)
+            rows = self._rows(members, examples)
         except Exception as e:
             if len(members) > 1:
                 alone = [self._train({c: d}) for c, d in data.items()]
@@ -234,3 +306,55 @@ class _Fold:
         if finite.all():
             return members, rows
         return [c for c, good in zip(members, finite.tolist(), strict=True) if good], rows[finite]
+
+    def _rows(self, members: Sequence[int], examples: Sequence[Examples]) -> Tensor:
+        """w_k − w_t of every member `[K, D]`."""
+        task = self.task
+        rngs = [stream(task.seed, "round", self.number, "client", c, "batches") for c in members]
+        if not task.stack.examples.defenses:
+            engine = task.engine_for(tuple(examples[0].x.shape[1:]))
+            return engine(self.params, examples, self.local, rngs)
+        trainer = Trainer(task.model, task.loss, task.stack.examples, self.local, task.engine)
+        rows = []
+        for c, d, rng in zip(members, examples, rngs, strict=True):
+            where: tuple[Key, ...] = ("round", self.number, "client", c)
+            ctx = example_context(task, self.number, c, len(d), where)
+            ctx = replace(ctx, local=Local(task.model, self.params, task.loss, task.layout, {c: d}))
+            row, empty = trainer(self.params, d, ctx, rng)
+            self.empty += empty
+            rows.append(row)
+        return torch.stack(rows)
+
+
+def counts(task: Task, sampling: Sampling, sizes: Sequence[int]) -> Tensor:
+    """What each client counts in the sum `[K]`: its n_k, or 1 with equal weights and in a Poisson cohort."""
+    alike = task.equal_weights or sampling.kind == "poisson"
+    return torch.tensor([1.0 if alike else float(n) for n in sizes])
+
+
+def example_context(
+    task: Task, number: int, client: int, num_examples: int, where: tuple[Key, ...] = ()
+) -> RoundContext:
+    """The context of one client's local steps in round `number`, for defenses at the level of examples: each
+    step takes every one of the client's `num_examples` by itself with probability B / n_k."""
+    size = min(task.local.batch or num_examples, num_examples)
+    full = size == num_examples
+    return RoundContext(
+        task.seed,
+        number,
+        (),
+        torch.empty(0),
+        sampling=Sampling("full" if full else "poisson", size / num_examples, num_examples),
+        where=where,
+        owner=client,
+        steps=task.local.steps(num_examples),
+    )
+
+
+def round_events(task: Task, ctx: RoundContext, sizes: Sequence[int]) -> tuple[PrivacyEvent, ...]:
+    """The privacy events of a round in which `ctx.clients`, with `sizes` examples, took part."""
+    events = task.stack.events(ctx)
+    if task.stack.examples.defenses:
+        for c, n in zip(ctx.clients, sizes, strict=True):
+            events += task.stack.examples.events(example_context(task, ctx.round, c, n))
+    return events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,8 +69,22 @@ _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.AlphaDropout, nn.RReLU, nn.F
 def draws(model: nn.Module) -> bool:
     """Whether a forward pass in training mode may draw random numbers: layers of PyTorch that do, and
     modules that say so by an attribute `draws`."""
-    layers = (m for m in model.modules() if m.training)
-    return any(isinstance(m, _RANDOM_LAYERS) or getattr(m, "draws", False) for m in layers)
+    return any(_may_draw(m) for m in model.modules() if m.training)
+
+
+def without_draws(model: nn.Module) -> nn.Module:
+    """`model`, or where it draws a copy whose drawing layers are in evaluation mode: what an adversary can
+    compute who does not know what a client drew."""
+    if not draws(model):
+        return model
+    model = deepcopy(model)
+    for layer in [m for m in model.modules() if _may_draw(m)]:
+        layer.eval()
+    return model
+
+
+def _may_draw(layer: nn.Module) -> bool:
+    return isinstance(layer, _RANDOM_LAYERS) or bool(getattr(layer, "draws", False))
 
 
 def each_on_its_core(work: Callable[[int], None], items: Sequence[int], threads: int) -> None:

@@ -59,8 +59,9 @@ def _train(
 ) -> None:
     """Step weights and biases in place, under the mean cross-entropy of each batch.
 
-    x `[K, n, in]`, y `[K, n]`. Batch i is the `width` examples from `starts[i]` on, of the clients that have
-    any; scales[i] `[active, at most width, 1]` is 1 / (examples a client has of it), 0 for what it has not.
+    x `[K, n, in]`, y `[K, n]`, or distributions `[K, n, classes]`. Batch i is the `width` examples from
+    `starts[i]` on, of the clients that have any; scales[i] `[active, at most width, 1]` is 1 / (examples a
+    client has of it), 0 for what it has not.
     """
     for _ in range(epochs):
         for i in range(len(starts)):
@@ -71,7 +72,12 @@ def _train(
                 hidden.append(_forward(hidden[-1], weights[k][:a], biases[k][:a], kinds[k]))
             d = torch.softmax(hidden.pop(), -1)
             ones = torch.ones_like(scale)
-            d.scatter_add_(2, y[:a, b : b + width].unsqueeze(2), -ones).mul_(scale)
+            labels = y[:a, b : b + width]
+            if labels.dim() == 3:
+                d.mul_(labels.sum(-1, keepdim=True)).sub_(labels)
+            else:
+                d.scatter_add_(2, labels.unsqueeze(2), -ones)
+            d.mul_(scale)
             for j in range(len(weights)):
                 k = len(weights) - 1 - j
                 h, w = hidden[k], weights[k][:a]
