@@ -211,7 +211,7 @@ def test_work_is_shared_with_other_threads_and_its_errors_come_back():
         (torch.rand(3, 7), torch.zeros(3, dtype=torch.int64), "inputs of 7 values for a layer of 4"),
         (torch.rand(3, 4), torch.tensor([0, 1, 2]), "labels must be 3 classes from 0 to 1"),
         (torch.rand(3, 4), torch.tensor([0, -1, 1]), "labels must be 3 classes from 0 to 1"),
-        (torch.rand(3, 4), torch.rand(3, 2), "labels must be 3 classes from 0 to 1"),
+        (torch.rand(3, 4), torch.zeros(3, 2, dtype=torch.int64), "labels must be 3 classes from 0 to 1"),
     ],
 )
 def test_what_would_read_foreign_memory_is_refused(x, y, message):
