@@ -35,7 +35,6 @@ from fltoolkit.errors import require
 from fltoolkit.inversion.checks import check_auxiliary, check_observation
 from fltoolkit.inversion.inverter import Hashing, Training, one_round, read, train
 from fltoolkit.rng import stream, torch_stream
-from fltoolkit.specs import options_of
 from fltoolkit.training.engines import choose
 from fltoolkit.training.private.local import Trainer
 from fltoolkit.training.round import Task, example_context
@@ -143,7 +142,7 @@ class Simulation:
         if not self.stack.all:
             return "without defenses"
         stage = "as the server releases them" if self.released else "as the server receives them"
-        return f"through {' + '.join(map(_spec, self.stack.public()))}, {stage}"
+        return f"through {' + '.join(map(registry.spec_of, self.stack.public()))}, {stage}"
 
     @property
     def gradients(self) -> int:
@@ -252,13 +251,6 @@ def simulated(defenses: Sequence[Mapping[str, Any]], cohort: int) -> DefenseStac
         if not cls.hides_messages:
             ready.append(cls(**{cls.aliases.get(k, k): v for k, v in public.items() if k != "name"}))
     return DefenseStack(ready, cohort)
-
-
-def _spec(public: Mapping[str, Any]) -> str:
-    """A defense as one would name it on the command line, without what is as usual."""
-    usual = options_of(registry.defense_class(str(public["name"])))
-    options = ",".join(f"{k}={v}" for k, v in public.items() if k != "name" and v != usual.get(k))
-    return f"{public['name']}:{options}" if options else str(public["name"])
 
 
 def check(observation: Observation) -> None:

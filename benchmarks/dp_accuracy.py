@@ -62,16 +62,16 @@ class Setting:
 
 SETTINGS = {
     ("digits", "dp-sgd"): Setting(
-        "--data digits --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 256 --lr 2", 30, 0.5
+        "--data digits --model softmax --clients 1 --fraction 1 --epochs 1 --batch 256 --lr 2", 30, 0.5
     ),
     ("mnist", "dp-sgd"): Setting(
-        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048 --lr 4", 30, 0.1
+        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048 --lr 12", 40, 0.1
     ),
     ("digits", "dp-fedavg"): Setting(
         "--data digits --model softmax --clients 100 --epochs 1 --batch inf --lr 2", 30, 0.5, 0.5
     ),
     ("mnist", "dp-fedavg"): Setting(
-        "--data mnist --model 2nn --clients 100 --epochs 1 --batch 10 --lr 0.1", 60, 1.0, 0.5
+        "--data mnist --model 2nn --clients 100 --epochs 1 --batch 10 --lr 0.1", 30, 1.0
     ),
 }
 
@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default=str(HERE), metavar="DIR", help="folder of the results")
     o = parser.parse_args(argv)
     path = Path(o.out) / f"{o.data}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {r["cell"] for r in results}
     for cell in cells(o.data):

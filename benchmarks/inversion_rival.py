@@ -88,7 +88,7 @@ def told(stage: Stage, victim: int) -> tuple[Observation, Examples]:
     """What the server sees of a victim, with the labels in the order of its steps, and the private batch."""
     transcript, public = stage.round(victim)
     seen, truth = stage.threat.observe(transcript, 0, public), transcript.truth[0]
-    rng = stream(stage.scene.seed, "round", victim, "client", 0, "batches")
+    rng = stream(stage.scene.seed, "round", seen.round, "client", 0, "batches")
     return replace(seen, labels=truth.y[torch.from_numpy(rng.permutation(len(truth)))]), truth
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, isfinite, sqrt
+from math import ceil, hypot, isfinite, sqrt
 from typing import ClassVar
 
 import numpy as np
@@ -99,6 +99,12 @@ class Correlated(Defense):
         for coefficient, (number, level) in self._terms(ctx.round):
             noise += coefficient * self._normal(aggregate.shape, ctx, number, level)
         return aggregate + (std * noise).to(aggregate)
+
+    def noise_std(self, number: int) -> float:
+        """The standard deviation of what round `number` adds to a coordinate of the mean, in units of the
+        clip norm times the largest weight."""
+        spread = hypot(*(c for c, _ in self._terms(number)))
+        return self.noise_multiplier * self.sensitivity(self.rounds) * spread
 
     def _normal(self, shape: torch.Size, ctx: RoundContext, number: int, level: int) -> Tensor:
         """z of the range of 2^level rounds that ends with round `number`."""

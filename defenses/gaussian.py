@@ -93,13 +93,15 @@ class Gaussian(Defense):
         return self.noise_multiplier * ctx.sensitivity
 
     def privacy(self, ctx: RoundContext) -> tuple[PrivacyEvent, ...]:
-        from dp_accounting import GaussianDpEvent
+        from dp_accounting import GaussianDpEvent, NoOpDpEvent
 
         if self.noise_multiplier == 0 or self.unbounded:
             return ()
         sigma = self.noise_multiplier
         if self.placement == "server":
             return central_gaussian(sigma, ctx)
+        if not ctx.clients:
+            return tuple(PrivacyEvent(NoOpDpEvent(), view) for view in ("message", "sum"))
         summed = sigma * float(ctx.weights.norm() / ctx.weights.max())
         return (
             PrivacyEvent(GaussianDpEvent(sigma), "message"),

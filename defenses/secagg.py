@@ -68,7 +68,10 @@ class SecAgg(Defense):
         The weights are renormalised in float64: in float32 they sum to 1 only up to rounding. A Poisson
         cohort's weights sum to something else, by which the decoded mean is multiplied.
         """
-        self.check(ctx.sensitivity, len(rows))
+        if ctx.sampling.kind != "poisson":  # whose size is random
+            self.check(ctx.sensitivity, len(rows))
+        if not len(rows):
+            return torch.zeros_like(rows, dtype=torch.int64), rows.sum(0)
         require(len(set(ctx.clients)) == len(rows), "clients of a round", "distinct", ctx.clients)
         self._refuse_out_of_range(rows, ctx.clients)
         scale = self.scale(len(rows))

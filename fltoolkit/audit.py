@@ -131,7 +131,7 @@ class Stage:
         model = self.model(victim).to(self.device)
         task = Task(model, scene.loss, scene.local, self.stack, scene.seed)
         params = self.threat.broadcast(Layout.of(model).row(model))
-        transcript = run_round(task, params, range(self.clients), self.private(victim), victim).transcript
+        transcript = run_round(task, params, range(self.clients), self.private(victim), victim + 1).transcript
         assert transcript is not None
         return transcript, task.public(self.data)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fltoolkit.defense import RoundContext
-from fltoolkit.types import PrivacyEvent
+from fltoolkit.types import UPDATE, PrivacyEvent
 
 
-def central_gaussian(sigma: float, ctx: RoundContext, release: str = "update") -> tuple[PrivacyEvent, ...]:
+def central_gaussian(sigma: float, ctx: RoundContext, release: str = UPDATE) -> tuple[PrivacyEvent, ...]:
     """Noise of standard deviation sigma · C on a sum of rows that are at most C long each.
 
     For clients, the server adds it before release, so it protects whoever sees the aggregate. A cohort of

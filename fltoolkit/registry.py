@@ -6,14 +6,14 @@ This is the one place where `fltoolkit` reaches `attacks` and `defenses`, by nam
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
 from fltoolkit.attack import Attack
 from fltoolkit.defense import Defense, DefenseStack
 from fltoolkit.errors import InputError, unknown
-from fltoolkit.specs import construct, parse
+from fltoolkit.specs import construct, options_of, parse
 
 
 def attack_names() -> list[str]:
@@ -49,6 +49,13 @@ def make_defense(spec: str) -> Defense:
 def make_stack(specs: Sequence[str | Defense], cohort: int | None = None) -> DefenseStack:
     """A checked list of defenses from strings or ready objects, in order."""
     return DefenseStack([make_defense(s) if isinstance(s, str) else s for s in specs], cohort)
+
+
+def spec_of(public: Mapping[str, Any]) -> str:
+    """A defense's public parameters as one would write them on the command line, without what is as usual."""
+    usual = options_of(defense_class(str(public["name"])))
+    options = ",".join(f"{k}={v}" for k, v in public.items() if k != "name" and v != usual.get(k))
+    return f"{public['name']}:{options}" if options else str(public["name"])
 
 
 def describe(cls: type) -> str:

@@ -122,6 +122,10 @@ class Updates:
     round: int
 
 
+UPDATE = "update"
+"""The name of what every round releases, whatever else it does."""
+
+
 @dataclass(frozen=True)
 class PrivacyEvent:
     """One use of a mechanism, as data; only `fltoolkit.accounting` turns it into ε.
@@ -130,17 +134,17 @@ class PrivacyEvent:
     norm of one contribution. view: what it protects: "message" (each client's message), "sum" (the
     messages' sum before the server touches it) or "aggregate" (what the server releases). unit: what ε
     hides, "client" or "example". release: events of one round about the same release are alternative
-    guarantees, of which the better counts; events about different releases compose. adjacency: what
-    neighbouring data sets differ in: one contribution put to zero ("zero-out"), one more or less
-    ("add-remove"), or one replaced by any other ("replace-one"). owner: with unit "example", the client
-    whose examples are protected; every client that takes part in a round needs an event of its own there.
-    count: how often in that round, such as once a local step.
+    guarantees, of which the better counts; events about different releases compose, and a round without one
+    about the update has no guarantee. adjacency: what neighbouring data sets differ in: one contribution put
+    to zero ("zero-out"), one more or less ("add-remove"), or one replaced by any other ("replace-one").
+    owner: with unit "example", the client whose examples are protected; every client that takes part in a
+    round needs an event of its own there. count: how often in that round, such as once a local step.
     """
 
     event: Any
     view: str
     unit: str = "client"
-    release: str = "update"
+    release: str = UPDATE
     adjacency: str = "zero-out"
     owner: int | None = None
     count: int = 1

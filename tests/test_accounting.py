@@ -414,6 +414,16 @@ def test_one_sampled_step_is_exact():
     assert gaussian_epsilon(1.0, q, 1, delta) == pytest.approx(exact, rel=1e-8)
 
 
+@pytest.mark.parametrize("sigma", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_hardly_any_noise_is_counted_soon_and_from_above(sigma):
+    """With q = 0.5 and T = 30, a record is drawn 27 times or more with probability 4.2e-6, 26 times or more
+    with 3.0e-5: at δ = 1e-5 the loss is that of 26 to 30 releases."""
+    begun = time.perf_counter()
+    found = gaussian_epsilon(sigma, 0.5, 30, 1e-5)
+    assert time.perf_counter() - begun < 3
+    assert 25.99 / (2 * sigma**2) < found < gaussian_epsilon(sigma, 1, 30, 1e-5) * (1 + 1e-9)
+
+
 def test_rounds_of_different_kinds_compose():
     """A Gaussian and Poisson samples at two rates, against dp_accounting's accountant."""
     parts = [

@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import observe, tiny_examples, tiny_model
+from conftest import observe, protect, tiny_examples, tiny_model
 from torch import nn
 
-from fltoolkit.inversion.adaptation import adapt, noise_std
+from fltoolkit import registry
+from fltoolkit.defense import RoundContext
+from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.diagnosis import diagnose
 from fltoolkit.inversion.distance import (
     First,
     Masked,
     Parts,
+    Projected,
     Signs,
     Times,
     aligned,
@@ -23,7 +26,9 @@ from fltoolkit.inversion.distance import (
     scaled,
     squared,
 )
-from fltoolkit.types import LocalSpec
+from fltoolkit.inversion.labels.layer import labels_hidden
+from fltoolkit.inversion.noise_level import noise_std
+from fltoolkit.types import Examples, LocalSpec
 
 CLIP = {"name": "clip", "norm": 0.5}
 NOISE = {"name": "gaussian", "noise_multiplier": 2.0, "placement": "client"}
@@ -120,8 +125,6 @@ def test_noise_is_known_to_its_last_factor(defenses, changes, std):
 
 def test_noise_std_is_what_the_pipeline_adds():
     """Measured: the spread of a noised update around the clipped one, in units of the gradient."""
-    from conftest import protect
-
     from defenses.clip import Clip
     from defenses.gaussian import Gaussian
     from fltoolkit.defense import DefenseStack, RoundContext
@@ -148,6 +151,105 @@ def test_each_defense_has_its_distance():
     assert stretched.tv == pytest.approx(noisy.tv / 2)
     assert isinstance(adapt(seen({"name": "sign"}), cosine, 0.1).distance, Signs)
     assert "4 inputs of 2 clients" in adapt(seen(clients=2), cosine, 0.1).about
+
+
+NOISES = {
+    "discrete-gaussian": ("clip:norm=0.5", "discrete-gaussian:noise_multiplier=2"),
+    "skellam": ("clip:norm=0.5", "skellam:noise_multiplier=2"),
+    "correlated": ("clip:norm=0.5", "correlated:noise_multiplier=0.3,rounds=8"),
+    "quantise": ("clip:norm=0.5", "quantise:levels=4"),
+    "quantise in buckets": ("clip:norm=0.5", "quantise:levels=2,bucket=64"),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_of_each_mechanism_is_what_the_pipeline_adds(name):
+    """Measured over 20,000 coordinates: how far the mean of four clients is off that of the clipped rows."""
+    stack = registry.make_stack(NOISES[name], 4)
+    o = seen(*stack.public(), clients=4, round=5)
+    rows = torch.randn(4, 20_000) + 3
+    same = {"clients": (0, 1, 2, 3), "weights": torch.full((4,), 0.25)}
+    ctx = RoundContext(seed=0, round=5, **same)
+    aggregate = protect(stack, rows, ctx).aggregate
+    off = aggregate - (rows * 0.5 / rows.norm(dim=1, keepdim=True)).mean(0)
+    o = replace(o, update=aggregate)
+    if "quantise" in name:
+        assert off.std().item() <= noise_std(o) < o.update.square().mean().sqrt(), "a bound, of a mean"
+    else:
+        assert noise_std(o) == pytest.approx(off.std().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("spec", ["quantise:levels=4", "quantise:levels=1", "quantise:levels=2,bucket=64"])
+def test_noise_of_a_quantised_message_is_read_off_it(spec):
+    stack = registry.make_stack([spec])
+    row = torch.randn(1, 20_000) / 7
+    sent = stack.clients(row, RoundContext(0, 1, (0,), torch.ones(1)))
+    o = seen(*stack.public(), update=sent[0])
+    assert noise_std(o) == pytest.approx((sent - row).std().item(), rel=0.03)
+    assert noise_std(seen(*stack.public(), update=torch.zeros(640))) == 0
+
+
+@pytest.mark.parametrize("kind", ["mask", "rotate"])
+def test_a_public_subspace_is_that_of_the_round(kind):
+    spec = f"subspace:fraction=0.2,kind={kind},seed=3"
+    (public,) = registry.make_stack([spec]).public()
+    o = seen(public, round=6)
+    fitted = adapt(o, cosine, 0.0)
+    rows = torch.randn(2, o.layout.size)
+    ctx = RoundContext(0, 6, (0, 1), torch.full((2,), 0.5))
+    sent = registry.make_stack([spec]).clients(rows, ctx)
+    assert fitted.distance(rows.clone(), sent).max() < 1e-6
+    assert adapt(replace(o, round=7), cosine, 0.0).distance(rows.clone(), sent).min() > 0.1
+    noisy = adapt(seen(CLIP, public, NOISE), cosine, 0.0).distance
+    assert isinstance(noisy.inner, Projected), noisy
+    assert noisy.inner.inner is scaled
+
+
+def test_victims_of_different_subspaces_are_searched_apart():
+    """The strength of the attack on every victim, not only on the first, whose round it is."""
+    model, data = tiny_model(), [tiny_examples(1, seed=s) for s in range(3)]
+    spec = "subspace:fraction=0.5,kind=rotate"
+    (public,) = registry.make_stack([spec]).public()
+    seen_by_round = []
+    for number, d in enumerate(data, 1):
+        o = observe(model, d, defenses=(public,), round=number, labels=d.y)
+        ctx = RoundContext(0, number, (0,), torch.ones(1))
+        seen_by_round.append(replace(o, update=registry.make_stack([spec]).clients(o.update[None], ctx)[0]))
+    attack = registry.make_attack("idlg:adapt=true,steps=300")
+    found = attack.many(seen_by_round, [torch.Generator().manual_seed(i) for i in range(3)])
+    for f, d in zip(found, data, strict=True):
+        assert (f.x - d.x).square().mean() < 1e-3
+
+
+def test_labels_that_were_not_sent_are_searched():
+    data, model = replace(tiny_examples(1), y=torch.tensor([2])), tiny_model()
+    whole = observe(model, data, defenses=(TOPK,))
+    update = whole.update.clone()
+    assert not labels_hidden(whole)
+    update[[-4, -2]] = 0.0  # of the last bias: those of classes 0 and 2
+    hidden = replace(whole, update=update)
+    assert labels_hidden(hidden)
+    assert not labels_hidden(replace(hidden, defenses=()))
+    attack = registry.make_attack("idlg:adapt=true,steps=400,restarts=8")
+    (found,) = attack.many([hidden], [torch.Generator()])
+    assert found.y.tolist() == data.y.tolist()
+    assert "labels, which the defense hides" in found.adaptation
+    (wrong,) = registry.make_attack("idlg:steps=5").many([hidden], [torch.Generator()])
+    assert wrong.y.tolist() != data.y.tolist()
+
+
+def test_mixtures_have_label_distributions():
+    """Half and half of two images of two classes: the mixture comes back where its label is searched."""
+    two = tiny_examples(2, seed=3)
+    assert two.y[0] != two.y[1]
+    x, y = two.x.mean(0, keepdim=True), nn.functional.one_hot(two.y, 4).float().mean(0, keepdim=True)
+    model = tiny_model()
+    o = observe(model, Examples(x, y), defenses=({"name": "mixup", "alpha": 1.0},))
+    (found,) = registry.make_attack("idlg:adapt=true,steps=400").many([o], [torch.Generator()])
+    assert (found.x - x).square().mean() < 1e-3
+    assert "mixtures" in found.adaptation
+    (blind,) = registry.make_attack("idlg:steps=400").many([o], [torch.Generator()])
+    assert (blind.x - x).square().mean() > 1e-2
 
 
 def said(observation, loss=0.0):

@@ -22,7 +22,7 @@ from defenses.prune import Prune
 from defenses.quantise import Quantise
 from defenses.randk import RandK
 from defenses.sign import Sign
-from defenses.subspace import Projection, Subspace, back, hadamard, rotated
+from defenses.subspace import Subspace
 from defenses.topk import TopK
 from fltoolkit import registry
 from fltoolkit.accounting import epsilon_by_view
@@ -31,6 +31,7 @@ from fltoolkit.errors import InputError
 from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.distance import Masked, Signs, cosine, relative
 from fltoolkit.loss import cross_entropy
+from fltoolkit.projection import Projection
 from fltoolkit.specs import construct
 from fltoolkit.types import Layout, LocalSpec
 
@@ -427,25 +428,6 @@ def test_subspace_is_an_orthogonal_projection(kind, size):
     assert (vector_norm(again - sent, dim=1) <= 1e-5 * vector_norm(v, dim=1)).all()
     assert (squared(sent) <= squared(v) * (1 + 1e-6)).all()
     torch.testing.assert_close(squared(v - sent), squared(v) - squared(sent), rtol=1e-4, atol=1e-9)
-
-
-def test_hadamard_is_the_matrix_of_sylvester():
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(4):
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    torch.testing.assert_close(hadamard(torch.eye(16, dtype=torch.float64)), matrix / 4)
-
-
-@pytest.mark.parametrize("size", [2, 31, 64, 100])
-def test_the_rotation_is_undone_and_spreads_every_entry(size):
-    """By the participation ratio (Σ a²)² / Σ a⁴ of what became of each of the D entries, at least D / 10."""
-    signs = 1.0 - 2.0 * torch.randint(2, (2, size), generator=torch.Generator().manual_seed(9)).double()
-    eye = torch.eye(size, dtype=torch.float64)
-    turned = rotated(eye, signs)
-    torch.testing.assert_close(turned @ turned.T, eye)
-    torch.testing.assert_close(back(turned, signs), eye)
-    if size > 2:
-        assert (turned.square().sum(1) ** 2 / (turned**4).sum(1) > size / 10).all()
 
 
 def test_all_clients_share_the_subspace_of_a_round_and_rounds_differ():

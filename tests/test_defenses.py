@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from defenses.soteria import Soteria
 from defenses.subspace import Subspace
 from defenses.topk import TopK
 from fltoolkit import registry
+from fltoolkit.accounting import epsilon_by_view
 from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
@@ -69,7 +70,7 @@ STACKS = {
 def context(number=1, seed=5, clients=CLIENTS, **changes):
     data = {c: tiny_examples(3, seed=c) for c in range(clients)}
     local = Local(MODEL, LAYOUT.row(MODEL), cross_entropy, LAYOUT, data)
-    weights = torch.full((clients,), 1 / clients)
+    weights = torch.full((clients,), 1 / max(1, clients))
     return RoundContext(seed, number, tuple(range(clients)), weights, local=local, **changes)
 
 
@@ -94,6 +95,33 @@ def test_contract(name):
     assert torch.equal(done.aggregate, protect(stack, before, context()).aggregate)
     assert stack.public()[-1]["name"] == name
     assert registry.defense_class(name).__doc__
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_nobody_in_a_poisson_cohort(name):
+    """The server releases noise or nothing, and what noise costs is counted."""
+    stack = DefenseStack(STACKS[name])
+    ctx = context(clients=0, sampling=Sampling("poisson", 0.1, 30))
+    done = protect(stack, rows()[:0], ctx)
+    assert done.messages.shape == (0, D)
+    assert done.aggregate.shape == (D,)
+    assert done.aggregate.isfinite().all()
+    noise_at_client = Gaussian(noise_multiplier=1.0, placement="client")
+    assert (
+        epsilon_by_view([DefenseStack([Clip(1.0), noise_at_client]).events(ctx)], False, 1e-5)["message"] == 0
+    )
+
+
+def test_a_private_norm_does_not_protect_the_update():
+    """The events of adaptive clipping are about its quantile; the mean is released beside it."""
+    adaptive, noise = AdaptiveClip(norm=0.5, bit_noise=1.0), Gaussian(noise_multiplier=1.0)
+    ctx = context(sampling=Sampling("poisson", 0.1, 40))
+
+    def spent(*defenses):
+        return epsilon_by_view([DefenseStack(list(defenses)).events(ctx)], False, 1e-5)["aggregate"]
+
+    assert spent(adaptive) == inf
+    assert spent(Clip(0.5), noise) < spent(adaptive, noise) < inf
 
 
 @pytest.mark.parametrize("norm", [1e-6, 0.5, 3.0, 1e6])

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fltoolkit.inversion.distance import Masked, Signs, Times, aligned, cosine, relative, scaled, squared
+from fltoolkit.inversion.distance import (
+    Masked,
+    Projected,
+    Signs,
+    Times,
+    aligned,
+    cosine,
+    relative,
+    scaled,
+    squared,
+)
+from fltoolkit.projection import subspace
 
 
 def pairs(seed=0):
@@ -22,6 +33,10 @@ def plain_signs(g, t):
     return torch.log2(1 + torch.exp(-margin)).mean(1)
 
 
+TURNED = subspace(60, 0.3, rotated=True, seed=4, number=2)
+BASIS = TURNED(torch.eye(60, dtype=torch.float64))
+
+
 FORMULAS = {
     "squared": (squared, lambda g, t: (g - t).square().sum(1)),
     "relative": (relative, lambda g, t: (g - t).square().sum(1) / t.square().sum(1)),
@@ -30,6 +45,7 @@ FORMULAS = {
     "aligned": (aligned, lambda g, t: 1 - F.cosine_similarity(g, t).clamp_min(0) ** 2),
     "times": (Times(squared, 0.3), lambda g, t: 0.3 * (g - t).square().sum(1)),
     "masked": (Masked(cosine), lambda g, t: 1 - F.cosine_similarity(g * (t != 0), t)),
+    "projected": (Projected(cosine, TURNED), lambda g, t: 1 - F.cosine_similarity(g @ BASIS, t)),
     "signs": (Signs(), plain_signs),
 }
 

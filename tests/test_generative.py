@@ -82,7 +82,7 @@ def test_noise_that_defeats_inverting_does_not_defeat_a_generator(digits, noisy)
     assert blind.mean() < 14
     assert (auto - torch.maximum(plain, blind)).min() > 1.5, "every victim"
     assert all(a.loss <= c.loss for a, c in zip(at_auto, at_codes, strict=True))
-    assert "likelihood of Gaussian noise" in at_auto[0].adaptation
+    assert "likelihood of the noise of gaussian" in at_auto[0].adaptation
     assert "360 auxiliary examples" in at_auto[0].note
 
 

@@ -18,7 +18,7 @@ from fltoolkit.accounting.events import ADD_REMOVE, REPLACE_ONE, ZERO_OUT, costs
 from fltoolkit.accounting.losses import SMALLEST_DELTA, Key, Spent, epsilon_by_losses
 from fltoolkit.accounting.pairs import Pair
 from fltoolkit.errors import InputError, require
-from fltoolkit.types import PrivacyEvent
+from fltoolkit.types import UPDATE, PrivacyEvent
 
 UNITS = ("client", "example")
 
@@ -41,10 +41,11 @@ def epsilon(rounds: Rounds, views: frozenset[str], delta: float, unit: str = "cl
     Events of one round about the same release are alternative guarantees; those are taken that give the
     smallest ε over all rounds. Different releases and different rounds compose.
 
-    unit "client": ∞ where a round has no event that protects. unit "example": events compose for each owner
-    by itself, since owners' examples are disjoint, and the largest ε of any owner counts. An owner without an
-    event in a round took no part in it and spends nothing, so a defense has to give one for each client that
-    does; ∞ where an owner's events of a round leave all `views` open, or no round has any.
+    unit "client": ∞ where a round has no event that protects the update. unit "example": events compose for
+    each owner by itself, since owners' examples are disjoint, and the largest ε of any owner counts. An
+    owner without an event in a round took no part in it and spends nothing, so a defense has to give one
+    for each client that does; ∞ where an owner's events of a round leave all `views` open, or no round has
+    any.
 
     Raises InputError as `shared_adjacency` does, and where `delta` or `unit` is none.
     """
@@ -102,21 +103,21 @@ def _ledgers(rounds: Rounds, views: frozenset[str], unit: str) -> list[Ledger] |
                 of_round[e.owner if unit == "example" else None].append(e)
         for owner, own in of_round.items():
             releases = _releases(own, views)
-            if not releases or not all(releases):
+            if UPDATE not in releases or not all(releases.values()):
                 return None
-            by_owner[owner].update(releases)
+            by_owner[owner].update(releases.values())
     if not by_owner:
         return None
     different = {frozenset(ledger.items()): ledger for ledger in by_owner.values()}
     return list(different.values())
 
 
-def _releases(events: list[PrivacyEvent], views: frozenset[str]) -> list[Release]:
+def _releases(events: list[PrivacyEvent], views: frozenset[str]) -> dict[str, Release]:
     found: dict[str, dict[Key, None]] = defaultdict(dict)
     for e in events:
         if e.view in views:
             found[e.release].update(dict.fromkeys(_guarantees(e)))
-    return [tuple(release) for release in found.values()]
+    return {name: tuple(release) for name, release in found.items()}
 
 
 def _guarantees(event: PrivacyEvent) -> Release:

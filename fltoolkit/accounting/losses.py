@@ -27,7 +27,13 @@ TOLERANCE = 1e-4
 FIRST_POINTS = 1000
 """Points of the first grid over the range of one step's loss."""
 WIDEST = 10.0
-"""The widest first grid."""
+"""The widest first grid, unless that has more than MOST_FIRST points."""
+MOST_FIRST = 10_000
+"""Points of the first grid over the range of one step's loss where hardly any noise makes that range vast."""
+WIDEST_OF_ALL = 700.0
+"""e to the power of a grid must be a float."""
+NOISELESS, RARELY = 1e-4, 0.01
+"""Below this σ and above this rate ε is beyond 10^7; sampling is left out of account, which only raises ε."""
 MARGIN = 1.3
 """How much finer a grid is made than the error on the coarser ones asks for, which is only roughly known."""
 MOST_POINTS = 4_000_000
@@ -76,11 +82,12 @@ def success_by_losses(spent: Spent, prior: float) -> float:
 
 
 def _merged(spent: Spent) -> dict[Pair, int]:
-    """All plain Gaussians as one."""
+    """All plain Gaussians as one, and with them what is as good as noiseless."""
     used = {p: n for p, n in spent.items() if n > 0}
-    plain = [p.mu * sqrt(n) for p, n in used.items() if p.rate == 1]
-    rest = {p: n for p, n in used.items() if p.rate < 1}
-    return rest | ({gaussian(merged(plain)): 1} if plain else {})
+    plain = {p: n for p, n in used.items() if p.rate == 1 or (p.noise < NOISELESS and p.rate > RARELY)}
+    rest = {p: n for p, n in used.items() if p not in plain}
+    mus = [p.unsampled_mu * sqrt(n) for p, n in plain.items()]
+    return rest | ({gaussian(merged(mus)): 1} if mus else {})
 
 
 @lru_cache(maxsize=4096)
@@ -89,7 +96,8 @@ def _refined(spent: Key, what: str, at: float, tolerance: float) -> float:
     square of the grid, so two grids tell how large it is and which grid will do."""
     tail = min(at, 1e-5) * 1e-5 / sum(n for _, n in spent)
     spans = [pair.span(way, tail) for pair, _ in spent for way in range(pair.ways)]
-    grid = min(max(top - low for low, top in spans) / FIRST_POINTS, WIDEST)
+    widest = max(top - low for low, top in spans)
+    grid = min(widest / FIRST_POINTS, max(WIDEST, widest / MOST_FIRST), WIDEST_OF_ALL)
     upper = dict.fromkeys(range(max(pair.ways for pair, _ in spent)), inf)
     coarser, ratio = inf, 0.0
     while True:

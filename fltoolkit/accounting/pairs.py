@@ -39,6 +39,11 @@ class Pair:
         assert (self.kind, self.rate) == (ONE_WAY, 1), "`events.step` makes all plain Gaussians one way"
         return 1 / self.noise
 
+    @property
+    def unsampled_mu(self) -> float:
+        """`mu` as it would be at rate 1, where the loss is never smaller."""
+        return (2 if self.kind == TWO_SIDED else 1) / self.noise
+
     def deltas(self, way: int, epsilons: np.ndarray) -> np.ndarray:
         """δ `[n]` in [0, 1] at `epsilons [n]`, for `way` 0 or 1 in `range(ways)`."""
         return np.clip(_PROFILES[self.kind][way](epsilons, self.noise, self.rate), 0, 1)

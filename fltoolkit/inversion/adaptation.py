@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import inf, isfinite, prod, sqrt
+from math import prod
 from typing import Any
 
 import torch
@@ -21,20 +21,25 @@ from fltoolkit.inversion.distance import (
     First,
     Masked,
     Parts,
+    Projected,
     Signs,
     Times,
     cosine,
     scaled,
 )
+from fltoolkit.inversion.noise_level import STDS, noise_std
 from fltoolkit.inversion.prior import total_variation
+from fltoolkit.projection import subspace
 from fltoolkit.types import Observation
 
 TYPICAL_VARIATION = 0.05
 """Mean absolute difference of neighbouring pixels in natural images at 32x32, in units of the range: the
 scale of a Laplace prior on such differences, where no public images say better."""
 
-KEEP_LENGTH = {"clip", "secagg", "gaussian"}
-"""Defenses that do not change the length of an update, a clip where it does not act."""
+MIXTURES = {"mixup", "instahide"}
+
+KEEP_LENGTH = {"clip", "secagg", "precode", *STDS, *MIXTURES}
+"""Defenses that do not change the length of an update but by noise, a clip where it does not act."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +94,9 @@ def keeps_length(observation: Observation) -> bool:
     return untouched and {str(d["name"]) for d in o.defenses} <= KEEP_LENGTH
 
 
-def noise_std(observation: Observation) -> float:
-    """Standard deviation of the Gaussian noise on a coordinate of `observation.gradient`; 0 without any."""
-    o, variance = observation, 0.0
-    clip = {"client": inf, "example": inf}
-    for defense in o.defenses:
-        level = str(defense.get("level", "client"))
-        if "norm" in defense:
-            clip[level] = min(clip[level], float(defense["norm"]))
-        elif defense["name"] == "gaussian":
-            per_row = 1.0 if defense.get("unbounded") else clip[level]
-            std = float(defense["noise_multiplier"]) * per_row
-            if isfinite(std):
-                variance += (std * _share(o, defense, level)) ** 2
-    return sqrt(variance) / o.step_size
-
-
-def _share(o: Observation, defense: Mapping[str, Any], level: str) -> float:
-    """What a row's noise counts in the update: it is averaged over clients or, inside local training, added
-    to the mean gradient of each of u steps."""
-    if level == "example":
-        batch = o.per_client if o.local is None else o.local.batch or o.per_client
-        lr = 1.0 if o.local is None else o.local.lr
-        return lr * sqrt(o.local_steps / o.clients) / min(batch, o.per_client)
-    return 1 / sqrt(o.clients) if defense["placement"] == "client" else 1 / o.clients
+def mixes(observation: Observation) -> bool:
+    """Whether a defense trains on mixtures of examples, whose labels are distributions."""
+    return any(d["name"] in MIXTURES for d in observation.defenses)
 
 
 def _variation(observation: Observation) -> float:
@@ -144,31 +128,35 @@ def _by_layer(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adap
     return replace(a, distance=fitted, words=(*a.words, words))
 
 
+def _within(distance: Distance, change: Callable[[Distance], Distance]) -> Distance:
+    """Another distance over the coordinates that are compared already."""
+    if isinstance(distance, Masked | First | Projected):
+        return replace(distance, inner=_within(distance.inner, change))
+    return change(distance)
+
+
 def _blind(distance: Distance) -> Distance:
     """The distance without the scale: its own kind where there is one, the cosine otherwise."""
-    if isinstance(distance, Masked):
-        return Masked(_blind(distance.inner))
-    if isinstance(distance, First):
-        return First(_blind(distance.inner), distance.count)
-    if isinstance(distance, Times | Signs | Parts):
-        return distance
-    return SCALE_FREE.get(distance, cosine)
+
+    def change(d: Distance) -> Distance:
+        return d if isinstance(d, Times | Signs | Parts) else SCALE_FREE.get(d, cosine)
+
+    return _within(distance, change)
 
 
-def _gaussian(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+def _noisy(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
     """The negative log-likelihood ‖s g − t‖² / (2 std²) with s free, beside a Laplace prior."""
     std = noise_std(o)
     if std == 0:
         return a
-    masked = isinstance(a.distance, Masked) or isinstance(getattr(a.distance, "inner", None), Masked)
-    inner = Masked(scaled) if masked else scaled
+    seen = a.distance.inner if isinstance(a.distance, Times) else a.distance
     tv = o.num_examples * prod(o.input_shape) / _variation(o)
     return replace(
         a,
-        distance=Times(inner, 1 / (2 * std * std)),
+        distance=Times(_within(seen, lambda _: scaled), 1 / (2 * std * std)),
         tv=tv,
         strength=a.strength * tv / a.tv if a.tv else a.strength,
-        words=(*a.words, f"likelihood of Gaussian noise, std {std:.3g} a coordinate"),
+        words=(*a.words, f"likelihood of the noise of {defense['name']}, std {std:.3g} a coordinate"),
     )
 
 
@@ -176,6 +164,13 @@ def _masked(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adapta
     sent = int((o.update != 0).sum())
     words = f"distance over the {sent} of {o.layout.size} coordinates that {defense['name']} sent"
     return replace(a, distance=Masked(a.distance), words=(*a.words, words))
+
+
+def _projected(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    rotated = defense["kind"] == "rotate"
+    seen = subspace(o.layout.size, float(defense["fraction"]), rotated, int(defense["seed"]), o.round)
+    words = f"distance in the {seen.kept} of {seen.size} dimensions of the public subspace"
+    return replace(a, distance=Projected(a.distance, seen), words=(*a.words, words))
 
 
 def _before_bottleneck(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
@@ -194,17 +189,25 @@ def _signs(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptat
     return replace(a, distance=Signs(), words=(*a.words, "agreement of signs, magnitudes unknown"))
 
 
+def _mixtures(a: Adaptation, defense: Mapping[str, Any], o: Observation) -> Adaptation:
+    words = f"mixtures searched with the distributions of their labels, for {defense['name']}"
+    return replace(a, words=(*a.words, words))
+
+
 RULES: dict[str, Rule] = {
     "clip": _clip,
     "normalise": _scaled,
     "soft-clip": _scaled,
     "adaptive-clip": _scaled,
     "clip-layers": _by_layer,
-    "gaussian": _gaussian,
+    **dict.fromkeys(STDS, _noisy),
+    "subspace": _projected,
     "topk": _masked,
     "randk": _masked,
     "prune": _masked,
     "soteria": _masked,
     "sign": _signs,
     "precode": _before_bottleneck,
+    "mixup": _mixtures,
+    "instahide": _mixtures,
 }

@@ -12,10 +12,11 @@ from torch import Tensor
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam, Schedule
-from fltoolkit.inversion.adaptation import adapt
+from fltoolkit.inversion.adaptation import adapt, mixes
 from fltoolkit.inversion.checks import check_observation, check_searchable, stackable
 from fltoolkit.inversion.diagnosis import diagnose
-from fltoolkit.inversion.distance import squared
+from fltoolkit.inversion.distance import Distance, squared
+from fltoolkit.inversion.labels.layer import labels_hidden
 from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.lbfgs import Objective as Energy
 from fltoolkit.inversion.matching import PRECISIONS, GradientMatching, Objective
@@ -92,15 +93,42 @@ class GradientInversion(Attack):
         for o in observations:
             check_observation(o)
         check_searchable(observations[0])
-        inferred = [o.labels if o.labels is not None else self.infer_labels(o) for o in observations]
-        rows = zip(observations, inferred, rngs, strict=True)
-        fixed = [self.label_rows(o, y, rng) for o, y, rng in rows if y is not None]
-        labels = torch.stack(fixed) if len(fixed) == len(inferred) else None
-        found = search(observations, rngs, labels, self, progress)
-        return [self._explained(f, o) for f, o in zip(found, observations, strict=True)]
+        inferred = [self._fixed_labels(o) for o in observations]
+        found: dict[int, Reconstruction] = {}
+        for at in self._groups(observations, inferred):
+            rows = [(observations[i], inferred[i], rngs[i]) for i in at]
+            fixed = [self.label_rows(o, y, rng) for o, y, rng in rows if y is not None]
+            labels = torch.stack(fixed) if fixed else None
+            results = search([o for o, _, _ in rows], [rng for _, _, rng in rows], labels, self, progress)
+            found |= zip(at, results, strict=True)
+        hidden = [y is None and labels_hidden(o) for o, y in zip(observations, inferred, strict=True)]
+        return [self._explained(found[i], o, hidden[i]) for i, o in enumerate(observations)]
 
-    def _explained(self, found: Reconstruction, o: Observation) -> Reconstruction:
+    def _groups(
+        self, observations: Sequence[Observation], labels: Sequence[Tensor | None]
+    ) -> list[list[int]]:
+        """Positions of those that are searched together: what a defense did may differ from one to another,
+        and with it the distance that fits."""
+
+        def distance(o: Observation) -> Distance | None:
+            return self.objective(o)[0].distance if o.defenses else None
+
+        keys = [(y is None, distance(o)) for o, y in zip(observations, labels, strict=True)]
+        first = [n for n, key in enumerate(keys) if key not in keys[:n]]
+        return [[i for i, key in enumerate(keys) if key == keys[n]] for n in first]
+
+    def _fixed_labels(self, o: Observation) -> Tensor | None:
+        adapts = getattr(self, "adapt", False)
+        if adapts and mixes(o):
+            return None
+        if o.labels is not None:
+            return o.labels
+        return None if adapts and labels_hidden(o) else self.infer_labels(o)
+
+    def _explained(self, found: Reconstruction, o: Observation, hidden: bool) -> Reconstruction:
         objective, adaptation = self.objective(o)
+        if adaptation and hidden:
+            adaptation += "; labels, which the defense hides, searched too"
         scale = float(objective.distance(torch.zeros_like(o.update)[None], o.gradient[None]))
         return replace(found, adaptation=adaptation, diagnosis=diagnose(o, found.loss, scale))
 

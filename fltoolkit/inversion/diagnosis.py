@@ -11,7 +11,7 @@ from math import isfinite, sqrt
 
 from torch import nn
 
-from fltoolkit.inversion.adaptation import noise_std
+from fltoolkit.inversion.noise_level import noise_std
 from fltoolkit.types import Observation
 
 UNMATCHED = 0.01

@@ -113,6 +113,20 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Projected:
+    """Another distance in the subspace in which t lies; `onto` is an orthogonal projection of rows."""
+
+    inner: Distance
+    onto: Callable[[Tensor], Tensor]
+
+    def __call__(self, g: Tensor, t: Tensor) -> Tensor:
+        g.copy_(self.onto(g))
+        d = self.inner(g, t)
+        g.copy_(self.onto(g))
+        return d
+
+
+@dataclass(frozen=True)
 class Parts:
     """The mean over parts of a row, of the given sizes, of another distance: with one blind to scale, for
     updates of which every layer was scaled by a factor of its own."""

@@ -25,7 +25,6 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fltoolkit.inversion.adaptation import noise_std
 from fltoolkit.inversion.labels.layer import (
     LastLayer,
     defense_names,
@@ -35,6 +34,7 @@ from fltoolkit.inversion.labels.layer import (
 )
 from fltoolkit.inversion.labels.own import Own, own_data
 from fltoolkit.inversion.labels.rounding import labels_of, whole
+from fltoolkit.inversion.noise_level import noise_std
 from fltoolkit.types import Observation
 
 ZEROING = {"topk", "randk", "prune"}

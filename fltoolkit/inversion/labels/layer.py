@@ -11,6 +11,9 @@ from fltoolkit.errors import InputError, require
 from fltoolkit.inversion.adaptation import keeps_length
 from fltoolkit.types import LocalSpec, Observation
 
+MASKS = {"topk", "randk", "prune", "subspace"}
+"""Defenses that send some coordinates and leave others out."""
+
 
 @dataclass(frozen=True)
 class LastLayer:
@@ -44,6 +47,15 @@ def logit_gradient(observation: Observation) -> Tensor:
     gradients = observation.layout.unflatten(observation.gradient)
     weight, bias = layer_names(observation)
     return gradients[weight].sum(1) if bias is None else gradients[bias]
+
+
+def labels_hidden(observation: Observation) -> bool:
+    """Whether a defense sent so little of the last bias' gradient that no label shows: entries are missing,
+    and what is left of their sum, which would be 0, is not negative."""
+    if not defense_names(observation) & MASKS or layer_names(observation)[1] is None:
+        return False
+    g = logit_gradient(observation)
+    return bool((g == 0).any()) and float(g.sum()) >= 0
 
 
 def layer_names(observation: Observation) -> tuple[str, str | None]:
