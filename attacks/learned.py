@@ -110,7 +110,7 @@ class Learned(Attack):
             evaluations=client.gradients * len(private),
             note=f"inverter trained for {self.steps} steps on {len(private)} simulated updates of "
             f"{len(client.public)} auxiliary examples, {client.through}",
-            adaptation=f"trained on updates {client.through}" if client.stack.defenses else "",
+            adaptation=f"trained on updates {client.through}" if client.stack.all else "",
         )
         found = []
         for o in members:

@@ -82,7 +82,7 @@ class Stage:
         self.scene = scene
         self.attack = registry.make_attack(scene.attack) if isinstance(scene.attack, str) else scene.attack
         self.threat = make_threat(scene.threat)
-        named = registry.make_stack(scene.defenses).defenses
+        named = registry.make_stack(scene.defenses).all
         wanted = [d.wanted_cohort for d in named if d.wanted_cohort is not None]
         self.clients: int = scene.clients or (wanted[0] if wanted else 1)
         self.stack = registry.make_stack(named, self.clients)

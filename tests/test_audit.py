@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -211,3 +212,15 @@ def test_a_defense_from_a_third_party_needs_no_change_here():
     report = run(Scene(**SMALL, defenses=[Zero()])).report
     assert report["defenses"] == [{"name": "zero"}]
     assert report["metrics"]["psnr_gain_db"]["mean"] < 1
+
+
+def test_defenses_on_examples_act_in_an_audit():
+    """Two examples' gradients, no longer than 1e-3 each: nor is their mean, unless noise is added."""
+    scene = Scene(data="digits", model="softmax", batch=2, defenses=("clip:level=example,norm=1e-3",))
+    transcript, public = Stage(scene).round(0)
+    assert 0 < float(transcript.messages[0].norm()) <= 1e-3 * (1 + 1e-5)
+    assert [d["name"] for d in public.defenses] == ["clip"]
+    noise = "gaussian:level=example,noise_multiplier=1"
+    noisy, public = Stage(replace(scene, defenses=(*scene.defenses, noise))).round(0)
+    assert float(noisy.messages[0].norm()) > 5e-3
+    assert [d["name"] for d in public.defenses] == ["clip", "gaussian"]
