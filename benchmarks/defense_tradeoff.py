@@ -63,7 +63,7 @@ def each(spec: str, values: Sequence[object], *before: str) -> tuple[tuple[str, 
     return tuple((*before, spec.format(v)) for v in values)
 
 
-CLIP = "clip:norm=0.5"
+CLIP = "clip:norm=1"
 ALL = " --clients 10 --threat aggregate"
 FOUR = " --batch 4"
 CURVES = (
@@ -76,7 +76,7 @@ CURVES = (
     Curve("adaptive-clip", each("adaptive-clip:norm=0.3,quantile={}", (0.9, 0.5, 0.1))),
     Curve(
         "client noise",
-        each("gaussian:placement=client,noise_multiplier={}", (0.003, 0.03, 0.1), CLIP),
+        each("gaussian:placement=client,noise_multiplier={}", (0.001, 0.005, 0.03), CLIP),
     ),
     Curve("central noise", each("gaussian:noise_multiplier={}", (0.1, 0.5, 1), CLIP), ALL),
     Curve("DP-SGD", each("gaussian:level=example,noise_multiplier={}", (0.01, 0.1, 1), "clip:level=example")),
@@ -110,7 +110,7 @@ CURVES = (
 
 FAMILIES = {
     "clipping": ("none", "clip", "clip-layers", "soft-clip", "normalise", "adaptive-clip"),
-    "noise (seen as the aggregate of 10: all but client noise and DP-SGD)": (
+    "noise (but for the first two: aggregate of 10)": (
         "none",
         "client noise",
         "DP-SGD",
@@ -212,7 +212,7 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         rate = best["success_rate"]
         rows.append(
             (
-                " + ".join(r["defenses"]) or "none",
+                " + ".join(r["defenses"]) or r["curve"],
                 f"{100 * a['mean']:.1f}{interval(percent, 1)}",
                 f"{100 * (base - a['mean']):+.1f}",
                 f"{db['mean']:.1f}{interval(db['ci95'], 1)}",

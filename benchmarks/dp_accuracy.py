@@ -40,12 +40,12 @@ from fltoolkit.cli import main as fltoolkit
 from fltoolkit.metrics.interval import mean_interval
 from fltoolkit.report import document
 from fltoolkit.report.files import write_atomic, write_json
-from fltoolkit.report.terminal import interval, table
+from fltoolkit.report.terminal import table
 
 EPSILONS = (0.5, 1.0, 2.0, 2.93, 4.0, 8.0, inf)
 SEEDS = (0, 1, 2)
 DELTA = 1e-5
-POPULATIONS = (100, 10_000, 100_000, 1_000_000)
+POPULATIONS = (100, 1_000, 10_000, 1_000_000)
 HERE = Path(__file__).parent / "results" / "dp_accuracy"
 
 
@@ -168,14 +168,19 @@ def gathered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The table of a data set."""
-    lines = []
+    """The table of a data set: accuracy in percent with its interval, a line a method, a column an ε."""
+    lines: dict[tuple[str, int], list[str]] = {}
     for r in rows:
-        name = r["method"] if r["population"] is None else f"{r['method']} K={r['population']:,}"
-        percent = None if r["ci95"] is None else [100 * v for v in r["ci95"]]
-        e = "∞" if r["epsilon"] == inf else f"{r['epsilon']:g}"
-        lines.append((name, e, f"{100 * r['mean']:.2f}{interval(percent, 1)}", str(len(r["values"]))))
-    return table(("method", "ε", "test accuracy %", "seeds"), lines)
+        line = lines.setdefault((r["method"], r["population"] or 0), ["not run"] * len(EPSILONS))
+        if r["population"] not in (None, POPULATIONS[0]):
+            line[-1] = ""  # without noise, how many clients there are makes no difference
+        half = "" if r["ci95"] is None else f" ±{100 * (r['mean'] - r['ci95'][0]):.1f}"
+        line[EPSILONS.index(r["epsilon"])] = f"{100 * r['mean']:.1f}{half}"
+    names = [method if not k else f"{method} K={k:,}" for method, k in lines]
+    header = ("test accuracy, %", *("∞" if e == inf else f"ε = {e:g}" for e in EPSILONS))
+    seeds = max(len(r["values"]) for r in rows)
+    body = table(header, [(name, *line) for name, line in zip(names, lines.values(), strict=True)])
+    return f"{body}\n± is the 95 % interval over {seeds} seeds."
 
 
 def draw(path: Path, rows: list[dict[str, Any]], data: str) -> None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import defense_tradeoff as tradeoff
 import dp_accuracy as dp
+import dpsgd_speed as speed
 
 from fltoolkit.accounting import gaussian_epsilon
 from fltoolkit.metrics.interval import mean_interval
@@ -66,8 +67,8 @@ def test_accuracy_cells_are_kept_shown_and_drawn(tmp_path, monkeypatch, capsys):
     assert [(r["epsilon"], r["seed"]) for r in kept] == [(2.0, 0), (None, 0), (2.0, 1), (None, 1)]
     text = capsys.readouterr().out
     mean = 50 * (kept[0]["accuracy"] + kept[2]["accuracy"])
-    assert f"{mean:.2f} [" in text
-    assert "∞" in text
+    assert f" {mean:.1f} ±" in text
+    assert text.count("not run") == 0
     assert Image.open(path.with_suffix(".png")).size[0] > 500
     path.write_text(json.dumps([kept[0] | {"accuracy": 0.5}, *kept[1:]]))
     assert dp.main(arguments) == 0
@@ -130,3 +131,21 @@ def test_every_defense_there_is_has_a_curve():
     drawn = {name for names in tradeoff.FAMILIES.values() for name in names}
     assert drawn == {c.name for c in tradeoff.CURVES}
     assert all(len(c.strengths) == 3 for c in tradeoff.CURVES if not c.name.startswith("none"))
+
+
+def test_the_documentation_shows_the_committed_results():
+    text = (Path(__file__).parents[1] / "docs" / "defenses.md").read_text(encoding="utf-8")
+    for data in ("digits", "mnist"):
+        results = json.loads((dp.HERE / f"{data}.json").read_text(encoding="utf-8"))
+        assert dp.show(dp.gathered(results)) in text
+    assert tradeoff.show(json.loads(tradeoff.HERE.read_text(encoding="utf-8"))) in text
+    speeds = Path(__file__).parents[1] / "benchmarks" / "results" / "dpsgd_speed.json"
+    assert speed.render(json.loads(speeds.read_text(encoding="utf-8"))) in text
+
+
+def test_the_committed_results_keep_what_was_aimed_at():
+    """On MNIST 98.0 % at ε = 2.93 and 95.5 % at ε = 1 by DP-SGD."""
+    rows = dp.gathered(json.loads((dp.HERE / "mnist.json").read_text(encoding="utf-8")))
+    reached = {r["epsilon"]: r["mean"] for r in rows if r["method"] == "dp-sgd"}
+    assert reached[2.93] >= 0.98
+    assert reached[1.0] >= 0.955

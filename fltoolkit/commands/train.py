@@ -214,14 +214,18 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
 
 
 def _budget(o: TrainOptions, federation: Federation) -> Budget:
-    from fltoolkit.errors import InputError
+    from fltoolkit.errors import InputError, require
     from fltoolkit.training.budget import Budget
 
     budget = Budget(federation.task.stack.hides_messages, o.delta, o.epsilon_budget or inf)
-    if o.epsilon_budget is not None and not budget.spent([federation.events_of(1)]):
-        raise InputError("epsilon_budget must come with a defense that has an ε, got none")
+    first = budget.spent([federation.events_of(1)])
+    if o.epsilon_budget is not None:
+        if not any(e < inf for views in first.values() for e in views.values()):
+            raise InputError("epsilon_budget must come with a defense that has an ε, got none")
+        cost = budget.largest(first)
+        require(cost <= budget.limit, "epsilon_budget", f"at least {cost:.4g}, a round's ε", budget.limit)
     counts = {"client": len(federation.clients), "example": sum(map(len, federation.clients))}
-    for unit in budget.spent([federation.events_of(1)]):
+    for unit in first:
         if o.delta >= 1 / counts[unit]:
             text = (
                 f"delta {o.delta:g} is not below 1 / {counts[unit]} {unit}s: publishing one of them would do"
