@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fltoolkit.defense import Defense, RoundContext
 from fltoolkit.errors import InputError, require
+from fltoolkit.feedback import with_feedback
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,7 @@ class RandK(Defense):
     def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         if not self.error_feedback:
             return self.compress(rows, ctx)
-        wanted = rows.clone()
-        for row, c in zip(wanted, ctx.clients, strict=True):
-            owed = ctx.recall("residual", c)
-            if owed is not None:
-                row += owed.to(row)
-        sent = self.compress(wanted, ctx)
-        for rest, c in zip(wanted - sent, ctx.clients, strict=True):
-            ctx.remember(rest.clone(), "residual", c)
-        return sent
+        return with_feedback(rows, ctx, lambda wanted: self.compress(wanted, ctx))
 
     def compress(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         """C(v) of every row."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fltoolkit.defense import Defense, RoundContext
 from fltoolkit.errors import InputError, require
+from fltoolkit.feedback import with_feedback
 
 SCALES = ("mean", "none")
 
@@ -50,15 +51,7 @@ class Sign(Defense):
     def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         if not self.error_feedback:
             return self.compress(rows)
-        wanted = rows.clone()
-        for row, c in zip(wanted, ctx.clients, strict=True):
-            owed = ctx.recall("residual", c)
-            if owed is not None:
-                row += owed.to(row)
-        sent = self.compress(wanted)
-        for rest, c in zip(wanted - sent, ctx.clients, strict=True):
-            ctx.remember(rest.clone(), "residual", c)
-        return sent
+        return with_feedback(rows, ctx, self.compress)
 
     def compress(self, rows: Tensor) -> Tensor:
         """C(v) of every row."""
