@@ -51,12 +51,14 @@ HERE = Path(__file__).parent / "results" / "defense_tradeoff.json"
 @dataclass(frozen=True)
 class Curve:
     """A defense at growing strengths, each a list of specifications. flags: of the audit, where it is not
-    the curious server's view of one client. train: where training wants another specification."""
+    the curious server's view of one client. train, training: where training wants another specification, and
+    further flags."""
 
     name: str
     strengths: tuple[tuple[str, ...], ...]
     flags: str = ""
     train: tuple[tuple[str, ...], ...] = ()
+    training: str = ""
 
 
 def each(spec: str, values: Sequence[object], *before: str) -> tuple[tuple[str, ...], ...]:
@@ -66,6 +68,7 @@ def each(spec: str, values: Sequence[object], *before: str) -> tuple[tuple[str, 
 CLIP = "clip:norm=1"
 ALL = " --clients 10 --threat aggregate"
 FOUR = " --batch 4"
+EQUAL = "--equal-weights"
 CURVES = (
     Curve("none", ((),)),
     Curve("none, 4 images", ((),), FOUR),
@@ -89,8 +92,9 @@ CURVES = (
         "discrete Gaussian",
         each("discrete-gaussian:noise_multiplier={}", (0.1, 0.5, 1), CLIP),
         ALL,
+        training=EQUAL,
     ),
-    Curve("Skellam", each("skellam:noise_multiplier={}", (0.1, 0.5, 1), CLIP), ALL),
+    Curve("Skellam", each("skellam:noise_multiplier={}", (0.1, 0.5, 1), CLIP), ALL, training=EQUAL),
     Curve("topk", each("topk:fraction={}", (0.1, 0.01, 0.001))),
     Curve("randk", each("randk:fraction={}", (0.1, 0.01, 0.001))),
     Curve("prune", each("prune:ratio={}", (0.9, 0.99, 0.999))),
@@ -157,7 +161,7 @@ def defended(specs: Sequence[str]) -> list[str]:
 def measure(curve: Curve, place: int) -> dict[str, Any]:
     """Accuracy and leak of one strength."""
     specs = curve.strengths[place]
-    flags = [*TRAIN.split(), *defended(curve.train[place] if curve.train else specs)]
+    flags = [*TRAIN.split(), *curve.training.split(), *defended(curve.train[place] if curve.train else specs)]
     runs = [call([*flags, "--seed", str(s)]) for s in SEEDS]
     accuracy = mean_interval([r["accuracy"][-1]["value"] for r in runs])
     scene = [*AUDIT.split(), *curve.flags.split(), *defended(specs)]
