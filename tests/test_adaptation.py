@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import observe, protect, tiny_examples, tiny_model
@@ -116,6 +117,9 @@ def test_unknown_defenses_change_nothing():
         ((CLIP, NOISE), {"local": LocalSpec(2, 2, 0.1)}, 1.0 / (0.1 * 4)),
         ((CLIP, CLIP | {"norm": 3.0}, NOISE), {}, 1.0),
         ((CLIP, NOISE, NOISE), {}, 2**0.5),
+        ((CLIP, {"name": "skellam", "noise_multiplier": 2.0, "clients": 16}), {}, 1 / 4),
+        ((CLIP, {"name": "skellam", "noise_multiplier": 2.0, "clients": 16}), {"clients": 4}, 1 / 8),
+        ((CLIP, {"name": "skellam", "noise_multiplier": 2.0, "clients": None}), {"clients": 4}, 1 / 4),
         ((CLIP,), {}, 0.0),
     ],
 )
@@ -157,6 +161,7 @@ NOISES = {
     "discrete-gaussian": ("clip:norm=0.5", "discrete-gaussian:noise_multiplier=2"),
     "skellam": ("clip:norm=0.5", "skellam:noise_multiplier=2"),
     "correlated": ("clip:norm=0.5", "correlated:noise_multiplier=0.3,rounds=8"),
+    "correlated by a tree": ("clip:norm=0.5", "correlated:noise_multiplier=0.3,rounds=8,kind=tree"),
     "quantise": ("clip:norm=0.5", "quantise:levels=4"),
     "quantise in buckets": ("clip:norm=0.5", "quantise:levels=2,bucket=64"),
 }
@@ -177,6 +182,15 @@ def test_noise_of_each_mechanism_is_what_the_pipeline_adds(name):
         assert off.std().item() <= noise_std(o) < o.update.square().mean().sqrt(), "a bound, of a mean"
     else:
         assert noise_std(o) == pytest.approx(off.std().item(), rel=0.03)
+
+
+def test_correlated_noise_is_that_of_the_round():
+    stack = registry.make_stack(NOISES["correlated by a tree"], 4)
+    (_, defense) = stack.defenses
+    found = [noise_std(seen(*stack.public(), clients=4, round=n)) for n in range(1, 9)]
+    spread = np.linalg.norm(defense.factorisation.noise, axis=1)
+    assert max(spread) > 1.2 * min(spread)
+    assert found == pytest.approx((0.3 * defense.sensitivity(8) * 0.5 / 4 * spread).tolist())
 
 
 @pytest.mark.parametrize("spec", ["quantise:levels=4", "quantise:levels=1", "quantise:levels=2,bucket=64"])
@@ -226,6 +240,9 @@ def test_labels_that_were_not_sent_are_searched():
     whole = observe(model, data, defenses=(TOPK,))
     update = whole.update.clone()
     assert not labels_hidden(whole)
+    without_another = whole.update.clone()
+    without_another[-4] = 0.0
+    assert not labels_hidden(replace(whole, update=without_another)), "the label's own entry is there"
     update[[-4, -2]] = 0.0  # of the last bias: those of classes 0 and 2
     hidden = replace(whole, update=update)
     assert labels_hidden(hidden)
