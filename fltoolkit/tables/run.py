@@ -124,7 +124,7 @@ def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | Non
     with the same target, or a target that neither reaches."""
     for path in sorted(folder.parent.glob("*/*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
             continue
         differs = {k for k, v in cell.setting().items() if found["cell"][k] != v}
         lowest = min(cell.target, found["cell"]["target"])
