@@ -37,7 +37,7 @@ from fltoolkit.inversion.inverter import Hashing, Training, one_round, read, tra
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.training.engines import choose
 from fltoolkit.training.private.local import Trainer
-from fltoolkit.training.round import Task, example_context
+from fltoolkit.training.task import Task, example_context
 from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
 CHUNK_FLOATS = 2**24

@@ -40,7 +40,7 @@ from fltoolkit.report.files import write_json
 from fltoolkit.report.terminal import Bar
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.training.clients import Dealt
-from fltoolkit.training.round import Task
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, LocalSpec
 
 BATCH, LR, THREADS, LIMIT_MIB = 10, 0.1, 2, 4096

@@ -45,6 +45,7 @@ class InstaHide(Defense):
     """
 
     name: ClassVar[str] = "instahide"
+    looks_at_data: ClassVar[bool] = True
     k: int = 4
     c1: float = 0.65
     low: float = 0.0

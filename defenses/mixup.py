@@ -36,6 +36,7 @@ class Mixup(Defense):
     """
 
     name: ClassVar[str] = "mixup"
+    looks_at_data: ClassVar[bool] = True
     alpha: float = 1.0
     classes: int | None = None
 

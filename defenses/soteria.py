@@ -51,6 +51,7 @@ class Soteria(Defense):
     """
 
     name: ClassVar[str] = "soteria"
+    looks_at_data: ClassVar[bool] = True
     ratio: float = 0.5
     layer: str | None = None
 

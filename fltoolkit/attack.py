@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -46,14 +46,15 @@ class Attack:
         return found
 
 
-def grouped(
-    observations: Sequence[Observation], together: Callable[[Observation, Observation], bool]
-) -> list[list[int]]:
-    """Positions of the observations that share a piece of work, group by group; `together(a, b)` says whether
-    two do."""
+Item = TypeVar("Item")
+
+
+def grouped(items: Sequence[Item], together: Callable[[Item, Item], bool]) -> list[list[int]]:
+    """Positions of the observations, or of what tells them apart, that share a piece of work, group by group;
+    `together(a, b)` says whether two do."""
     groups: list[list[int]] = []
-    for i, o in enumerate(observations):
-        home = next((g for g in groups if together(observations[g[0]], o)), None)
+    for i, item in enumerate(items):
+        home = next((g for g in groups if together(items[g[0]], item)), None)
         if home is None:
             groups.append([i])
         else:

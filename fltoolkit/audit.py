@@ -27,7 +27,8 @@ from fltoolkit.rng import stream, torch_stream
 from fltoolkit.scoring import Scored, score, summarise, truth_of
 from fltoolkit.threat import THREATS, Public, ThreatModel
 from fltoolkit.training.budget import Budget
-from fltoolkit.training.round import Task, run_round
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Observation, Reconstruction, Transcript
 
 

@@ -116,6 +116,9 @@ class Defense:
 
     name: ClassVar[str] = ""
     hides_messages: ClassVar[bool] = False
+    looks_at_data: ClassVar[bool] = False
+    """True where what clients send depends on their examples by more than the rows this defense was given:
+    then noise on rows before it, or on gradients of single examples, bounds nothing of what is sent."""
     aliases: ClassVar[Mapping[str, str]] = {}
 
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
@@ -233,14 +236,17 @@ class DefenseStack:
         """The privacy events of one round.
 
         Noise that clients add protects their sum by all of it together only where the rows are summed as they
-        are; where a later defense changes each row by itself, the sum is as protected as a message.
+        are; where a later defense changes each row by itself, the sum is as protected as a message, and where
+        that looks at data, neither is.
         """
         found: list[PrivacyEvent] = []
         steps = self._in(ctx)
         for i, (d, c) in enumerate(steps):
             events = d.privacy(c)
-            if d.acts_on_rows and any(later.acts_on_rows for later, _ in steps[i + 1 :]):
-                messages = [e for e in events if e.view == "message"]
+            later = [s for s, _ in steps[i + 1 :] if s.acts_on_rows]
+            if d.acts_on_rows and later:
+                spoilt = any(s.looks_at_data for s in later)
+                messages = [] if spoilt else [e for e in events if e.view == "message"]
                 others = [e for e in events if e.view not in ("message", "sum")]
                 events = (*messages, *(replace(e, view="sum") for e in messages), *others)
             found += events

@@ -94,7 +94,8 @@ def test_noise_of_local_steps_is_what_training_adds():
     from defenses.gaussian import Gaussian
     from fltoolkit.defense import DefenseStack
     from fltoolkit.loss import cross_entropy
-    from fltoolkit.training.round import Task, run_round
+    from fltoolkit.training.round import run_round
+    from fltoolkit.training.task import Task
 
     stack = DefenseStack([Clip(norm=1e-6, level="example"), Gaussian(noise_multiplier=1e4, level="example")])
     local = LocalSpec(2, None, 0.1)

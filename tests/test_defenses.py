@@ -36,7 +36,8 @@ from fltoolkit.accounting import epsilon_by_view
 from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
-from fltoolkit.types import Layout
+from fltoolkit.training.task import Task, round_events
+from fltoolkit.types import Layout, LocalSpec
 
 CLIENTS = 4
 MODEL = tiny_model()
@@ -122,6 +123,32 @@ def test_a_private_norm_does_not_protect_the_update():
 
     assert spent(adaptive) == inf
     assert spent(Clip(0.5), noise) < spent(adaptive, noise) < inf
+
+
+def test_what_looks_at_data_after_noise_has_no_epsilon():
+    """Which columns Soteria zeroes depends on the examples, so it must come before the noise of a message."""
+    noise = [Clip(0.5), Gaussian(noise_multiplier=1.0, placement="client")]
+    soteria = STACKS["soteria"]
+
+    def spent(*defenses):
+        return epsilon_by_view([DefenseStack(list(defenses)).events(context())], False, 1e-5)
+
+    assert spent(*noise, *soteria) == {"message": inf, "aggregate": inf}
+    before = spent(*soteria, *noise)
+    assert before == spent(*noise)
+    assert max(before.values()) < inf
+    assert spent(*noise, TopK(error_feedback=False))["message"] == before["message"], "of the noisy row alone"
+
+
+@pytest.mark.parametrize("name", ["mixup", "instahide", "soteria", None])
+def test_single_examples_have_no_epsilon_where_more_than_their_gradients_shows(name):
+    """One example is in several mixtures, and in Soteria's choice of columns."""
+    private = [Clip(0.5, level="example"), Gaussian(noise_multiplier=1.0, level="example")]
+    stack = DefenseStack([*(STACKS[name] if name else []), *private])
+    task = Task(MODEL, cross_entropy, LocalSpec(1, 2, 0.1), stack, 0)
+    events = round_events(task, context(), [3] * CLIENTS)
+    found = epsilon_by_view([events], False, 1e-5, "example")["message"]
+    assert found == inf if name else found < inf
 
 
 @pytest.mark.parametrize("norm", [1e-6, 0.5, 3.0, 1e6])

@@ -25,7 +25,8 @@ from fltoolkit.rng import stream, torch_stream
 from fltoolkit.training import federation as fed
 from fltoolkit.training.budget import Budget, smallest
 from fltoolkit.training.private.local import batches
-from fltoolkit.training.round import Task, example_context, run_round
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task, example_context
 from fltoolkit.types import Layout, LocalSpec
 
 DPSGD = [Clip(norm=0.3, level="example"), Gaussian(noise_multiplier=0.7, level="example")]

@@ -17,7 +17,8 @@ from defenses.secagg import SecAgg
 from fltoolkit.defense import DefenseStack
 from fltoolkit.loss import cross_entropy
 from fltoolkit.threat import THREATS, AggregateOnly, CuriousServer, Public
-from fltoolkit.training.round import Task, run_round
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task
 from fltoolkit.types import Layout, LocalSpec
 
 

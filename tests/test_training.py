@@ -25,7 +25,8 @@ from fltoolkit.training import round as rounds
 from fltoolkit.training.clients import Dealt
 from fltoolkit.training.evaluate import Evaluation, evaluate
 from fltoolkit.training.log import METRICS, RoundLog
-from fltoolkit.training.round import Task, run_round
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 

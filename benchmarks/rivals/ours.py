@@ -9,7 +9,8 @@ import numpy as np
 import fltoolkit
 from fltoolkit.defense import DefenseStack
 from fltoolkit.loss import cross_entropy
-from fltoolkit.training.round import Task, run_round
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, Layout, LocalSpec
 from rivals import Client, Cohorts
 from rivals.common import start, tensors

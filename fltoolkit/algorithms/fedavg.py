@@ -22,7 +22,8 @@ from torch import Tensor
 from fltoolkit.defense import Sampling
 from fltoolkit.errors import require
 from fltoolkit.rng import stream
-from fltoolkit.training.round import NOTHING, Memory, Outcome, Task, run_round
+from fltoolkit.training.round import NOTHING, Memory, Outcome, run_round
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, LocalSpec
 
 

@@ -172,7 +172,7 @@ def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
     from fltoolkit.training.budget import calibrated
     from fltoolkit.training.clients import Dealt
     from fltoolkit.training.federation import Federation
-    from fltoolkit.training.round import Task
+    from fltoolkit.training.task import Task
     from fltoolkit.types import LocalSpec
 
     local = LocalSpec(o.epochs, o.batch, o.lr, o.momentum, o.weight_decay)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import eq
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.attack import Attack, Progress, grouped, silent
 from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam, Schedule
 from fltoolkit.inversion.adaptation import adapt, mixes
@@ -33,8 +34,9 @@ class GradientInversion(Attack):
 
     steps: most iterations of a restart. restarts: random starts a victim, ranked by the objective. tolerance:
     stop at tolerance times the distance of an update of zero. patience: iterations without a gain of 2 %
-    after which a restart stops or goes on to the next stage of its schedule; 0 never. compile, precision: how
-    the objective is evaluated (`Objective`).
+    after which a restart stops or goes on to the next stage of its schedule; 0 never. adapt: take the
+    defenses into account, which the papers' attacks do not. compile, precision: how the objective is
+    evaluated (`Objective`).
     """
 
     matching: ClassVar[type[GradientMatching]] = GradientMatching
@@ -42,6 +44,7 @@ class GradientInversion(Attack):
     restarts: int = 4
     tolerance: float = 1e-8
     patience: int = 200
+    adapt: bool = False
     compile: bool = False
     precision: str = "float32"
 
@@ -113,17 +116,14 @@ class GradientInversion(Attack):
         def distance(o: Observation) -> Distance | None:
             return self.objective(o)[0].distance if o.defenses else None
 
-        keys = [(y is None, distance(o)) for o, y in zip(observations, labels, strict=True)]
-        first = [n for n, key in enumerate(keys) if key not in keys[:n]]
-        return [[i for i, key in enumerate(keys) if key == keys[n]] for n in first]
+        return grouped([(y is None, distance(o)) for o, y in zip(observations, labels, strict=True)], eq)
 
     def _fixed_labels(self, o: Observation) -> Tensor | None:
-        adapts = getattr(self, "adapt", False)
-        if adapts and mixes(o):
+        if self.adapt and mixes(o):
             return None
         if o.labels is not None:
             return o.labels
-        return None if adapts and labels_hidden(o) else self.infer_labels(o)
+        return None if self.adapt and labels_hidden(o) else self.infer_labels(o)
 
     def _explained(self, found: Reconstruction, o: Observation, hidden: bool) -> Reconstruction:
         objective, adaptation = self.objective(o)
@@ -138,15 +138,13 @@ class LBFGSInversion(GradientInversion):
     """Descent by L-BFGS from normal noise.
 
     history: L-BFGS pairs. start_std: standard deviation of the start around the middle of the input range, in
-    units of that range. adapt: take the defenses into account, which the papers' attacks do not. spectrum: p
-    of a `Spectrum` that scales the search's directions like those of natural images; 0 is the papers' plain
-    search, 0.5 with `start_std=0.02` needs about a quarter of its iterations on photographs. simulate: run
-    several local steps through where E, B and η are known.
+    units of that range. spectrum: p of a `Spectrum` that scales the search's directions like those of natural
+    images; 0 is the papers' plain search, 0.5 with `start_std=0.02` needs about a quarter of its iterations
+    on photographs. simulate: run several local steps through where E, B and η are known.
     """
 
     history: int = 100
     start_std: float = 0.3
-    adapt: bool = False
     spectrum: float = 0.0
     simulate: bool = False
 

@@ -25,7 +25,7 @@ from fltoolkit.report.files import write_json
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.tables.cells import citation
 from fltoolkit.training.evaluate import evaluate
-from fltoolkit.training.round import Task
+from fltoolkit.training.task import Task
 from fltoolkit.types import LocalSpec
 
 NAME = "figure1"

@@ -26,7 +26,7 @@ from fltoolkit.tables.cells import Cell
 from fltoolkit.tables.search import Run, improvements, rounds_to, search
 from fltoolkit.training import federation as fed
 from fltoolkit.training.clients import Dealt
-from fltoolkit.training.round import Task
+from fltoolkit.training.task import Task
 from fltoolkit.types import LocalSpec
 
 SCHEMA = "fltoolkit.table-cell/1"

@@ -15,7 +15,7 @@ from fltoolkit.metrics.interval import rate_interval
 from fltoolkit.models import evaluating
 from fltoolkit.training.engines import recurrent
 from fltoolkit.training.engines.fused import called_once, join_with_pool
-from fltoolkit.training.round import Task
+from fltoolkit.training.task import Task
 from fltoolkit.types import Examples
 
 BATCH_VALUES, BATCH_LINES = 1 << 17, 256

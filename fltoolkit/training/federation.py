@@ -20,7 +20,8 @@ from fltoolkit.errors import InputError, require
 from fltoolkit.report.files import write_atomic
 from fltoolkit.training.budget import Budget
 from fltoolkit.training.evaluate import Evaluation, evaluate
-from fltoolkit.training.round import Memory, Outcome, Task, counts, round_events
+from fltoolkit.training.round import Memory, Outcome
+from fltoolkit.training.task import Task, counts, round_events
 from fltoolkit.types import Examples, PrivacyEvent, Transcript
 
 KINDS = ("fixed", "poisson")

@@ -7,7 +7,7 @@ from fltoolkit.data import Dataset
 from fltoolkit.rng import torch_stream
 from fltoolkit.scoring import Scored, score, truth_of
 from fltoolkit.threat import ThreatModel
-from fltoolkit.training.round import Task
+from fltoolkit.training.task import Task
 from fltoolkit.types import Transcript
 
 

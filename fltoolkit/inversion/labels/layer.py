@@ -52,9 +52,10 @@ def logit_gradient(observation: Observation) -> Tensor:
 def labels_hidden(observation: Observation) -> bool:
     """Whether a defense sent so little of the last bias' gradient that no label shows: entries are missing,
     and what is left of their sum, which would be 0, is not negative."""
-    if not defense_names(observation) & MASKS or layer_names(observation)[1] is None:
+    layout = observation.layout
+    if not defense_names(observation) & MASKS or layout.shapes[-1] != (observation.num_classes,):
         return False
-    g = logit_gradient(observation)
+    g = layout.unflatten(observation.gradient)[layout.names[-1]]
     return bool((g == 0).any()) and float(g.sum()) >= 0
 
 

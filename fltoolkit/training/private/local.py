@@ -46,7 +46,7 @@ class Trainer:
         self, start: Tensor, data: Examples, ctx: RoundContext, rng: np.random.Generator
     ) -> tuple[Tensor, int]:
         """w_k − w_t `[D]` from the start `[D]`, and how many steps had no example. ctx: of this client and
-        round, see `fltoolkit.training.round.example_context`."""
+        round, see `fltoolkit.training.task.example_context`."""
         if draws(self.model):
             with torch.random.fork_rng(devices=[start.device] if start.is_cuda else []):
                 torch.manual_seed(int(rng.spawn(1)[0].integers(2**62)))
