@@ -2,13 +2,17 @@
 `fltoolkit.attacks`."""
 
 ATTACKS = {
+    "difference": "attacks.difference:Difference",
+    "disaggregation": "attacks.disaggregation:Disaggregation",
     "dlfa": "attacks.dlfa:DLFA",
     "dlg": "attacks.dlg:DLG",
     "features": "attacks.features:Features",
     "generative": "attacks.generative:Generative",
     "gradinversion": "attacks.gradinversion:GradInversion",
     "idlg": "attacks.idlg:IDLG",
+    "inconsistency": "attacks.inconsistency:Inconsistency",
     "inverting": "attacks.inverting:Inverting",
+    "isolation": "attacks.isolation:Isolation",
     "learned": "attacks.learned:Learned",
     "sme": "attacks.sme:SME",
 }

@@ -112,6 +112,9 @@ CURVES = (
     ),
 )
 
+SAME_SUM = {"lightsecagg", "mpc"}
+"""Defenses that show the server just what `secagg` does, another way: they have its curve."""
+
 FAMILIES = {
     "clipping": ("none", "clip", "clip-layers", "soft-clip", "normalise", "adaptive-clip"),
     "noise (but for the first two: aggregate of 10)": (

@@ -65,7 +65,10 @@ SETTINGS = {
         "--data digits --model softmax --clients 1 --fraction 1 --epochs 1 --batch 256 --lr 2", 30, 0.5
     ),
     ("mnist", "dp-sgd"): Setting(
-        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048 --lr 12", 40, 0.1
+        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048 --lr 32 "
+        "--lr-decay 0.98",
+        40,
+        0.1,
     ),
     ("digits", "dp-fedavg"): Setting(
         "--data digits --model softmax --clients 100 --epochs 1 --batch inf --lr 2", 30, 0.5, 0.5

@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from fltoolkit.threat import ThreatModel
 from fltoolkit.types import Observation, Reconstruction
 
 Progress = Callable[[int, int, str], None]
@@ -27,6 +28,10 @@ class Attack:
     """Base of all attacks. Subclasses are frozen dataclasses whose fields are the command line's options."""
 
     name: ClassVar[str] = ""
+
+    def threat(self) -> ThreatModel | None:
+        """The adversary that this attack takes, where it is one that does more than look; None: any."""
+        return None
 
     def __call__(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         """Attack one observation."""

@@ -27,20 +27,30 @@ from fltoolkit.rng import stream, torch_stream
 from fltoolkit.scoring import Scored, score, summarise, truth_of
 from fltoolkit.threat import THREATS, Public, ThreatModel
 from fltoolkit.training.budget import Budget
-from fltoolkit.training.round import run_round
+from fltoolkit.training.round import Memory, Outcome, run_round
 from fltoolkit.training.task import Task
-from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Observation, Reconstruction, Transcript
+from fltoolkit.types import (
+    Examples,
+    Layout,
+    LocalSpec,
+    Loss,
+    Observation,
+    PrivacyEvent,
+    Reconstruction,
+    Transcript,
+)
 
 
 @dataclass(frozen=True)
 class Scene:
     """One question: what does this attack recover of these data through this model and these defenses?
 
-    Names or ready objects both work for attack, data, model, threat and defenses. batch: private examples
-    a client. victims: independent repetitions. clients: K a round mixes (None: what a `secagg` asks for,
-    else 1). A model given as an object keeps its weights for every victim; a named one is initialised anew.
-    frozen_norm: clients train with BatchNorm in evaluation mode, as it is when a pretrained model is tuned;
-    otherwise in the mode that the model is in, for named ones the statistics of the batch.
+    Names or ready objects both work for attack, data, model, threat and defenses. threat: None for
+    "server", or for the adversary that an attack brings along. batch: private examples a client. victims:
+    independent repetitions. clients: K a round mixes (None: what a `secagg` asks for, else 1). A model
+    given as an object keeps its weights for every victim; a named one is initialised anew. frozen_norm:
+    clients train with BatchNorm in evaluation mode, as it is when a pretrained model is tuned; otherwise in
+    the mode that the model is in, for named ones the statistics of the batch.
     """
 
     attack: str | Attack = "dlg"
@@ -49,7 +59,7 @@ class Scene:
     batch: int = 1
     victims: int = 1
     clients: int | None = None
-    threat: str | ThreatModel = "server"
+    threat: str | ThreatModel | None = None
     defenses: Sequence[str | Defense] = ()
     local: LocalSpec = field(default_factory=LocalSpec)
     frozen_norm: bool = False
@@ -82,11 +92,13 @@ class Stage:
         self.device = check_device(scene.device)
         self.scene = scene
         self.attack = registry.make_attack(scene.attack) if isinstance(scene.attack, str) else scene.attack
-        self.threat = make_threat(scene.threat)
+        self.threat = _threat_of(self.attack, scene.threat)
         named = registry.make_stack(scene.defenses).all
         wanted = [d.wanted_cohort for d in named if d.wanted_cohort is not None]
         self.clients: int = scene.clients or (wanted[0] if wanted else 1)
-        self.stack = registry.make_stack(named, self.clients)
+        self.stack = registry.make_stack(named)
+        for cohort in self.threat.cohorts(self.clients):
+            registry.make_stack(named, len(cohort))
         self.data = load(scene.data) if isinstance(scene.data, str) else scene.data
         check_searchable(self.data)
         needed, have = self.clients * scene.batch, len(self.data.train)
@@ -126,42 +138,102 @@ class Stage:
         parts = np.split(index, self.clients)
         return [self.data.train.take(torch.from_numpy(p)).to(self.device) for p in parts]
 
-    def round(self, victim: int) -> tuple[Transcript, Public]:
-        """Play the victim's round."""
+    def play(self, victim: int) -> tuple[list[Outcome], Public]:
+        """Play all rounds that the adversary needs of this victim, from one model."""
         scene = self.scene
         model = self.model(victim).to(self.device)
         task = Task(model, scene.loss, scene.local, self.stack, scene.seed)
-        params = self.threat.broadcast(Layout.of(model).row(model))
-        transcript = run_round(task, params, range(self.clients), self.private(victim), victim + 1).transcript
-        assert transcript is not None
-        return transcript, task.public(self.data)
+        params, data, public = Layout.of(model).row(model), self.private(victim), task.public(self.data)
+        cohorts = self.threat.cohorts(self.clients)
+        memory: Memory = {}
+        outcomes = []
+        for i, cohort in enumerate(cohorts):
+            meddling = self.threat.meddling(params, cohort, public)
+            number = victim * len(cohorts) + i + 1
+            outcome = run_round(task, params, cohort, data, number, memory=memory, meddling=meddling)
+            memory = outcome.memory
+            outcomes.append(outcome)
+        return outcomes, public
+
+    def round(self, victim: int) -> tuple[Transcript, Public]:
+        """The victim's first round; raises InputError where it came to nothing."""
+        outcomes, public = self.play(victim)
+        if outcomes[0].transcript is None:
+            raise InputError(f"a round must come to an end, got: {_reason(outcomes[0])}")
+        return outcomes[0].transcript, public
+
+    def look(self, victim: int) -> Look:
+        """What the adversary sees of the victim's rounds, and the truth behind it."""
+        outcomes, public = self.play(victim)
+        transcripts = [o.transcript for o in outcomes if o.transcript is not None]
+        events = outcomes[-1].events
+        hidden = self.stack.hides_messages
+        if len(transcripts) < len(outcomes):
+            stopped = next(o for o in outcomes if o.transcript is None)
+            return Look(None, self.private(victim)[0], events, hidden, _reason(stopped))
+        mixed = self.threat.members(transcripts[0], 0)
+        if not mixed:
+            return Look(None, self.private(victim)[0], events, hidden, "the target dropped out")
+        seen = self.threat.observe_all(transcripts, self.clients, public)
+        return Look(seen, truth_of(transcripts[0], mixed), events, hidden)
+
+
+@dataclass(frozen=True)
+class Look:
+    """observation: None where the rounds came to nothing, for the reason in `stopped`."""
+
+    observation: Observation | None
+    truth: Examples
+    events: tuple[PrivacyEvent, ...]
+    hidden: bool
+    stopped: str = ""
+
+    def guess(self, input_range: tuple[float, float]) -> Reconstruction:
+        """What is left to an adversary that saw nothing: grey."""
+        grey = torch.full_like(self.truth.x, sum(input_range) / 2)
+        note = f"stopped: {self.stopped}"
+        return Reconstruction(grey, torch.zeros_like(self.truth.y), float("inf"), note=note)
 
 
 def run(scene: Scene, progress: Progress = silent) -> Result:
-    """Play every victim's round, attack what the adversary saw, and score it. Raises InputError first
+    """Play every victim's rounds, attack what the adversary saw, and score it. Raises InputError first
     where the scene is impossible."""
     stage = Stage(scene)
-    observations: list[Observation] = []
-    truths: list[Examples] = []
-    events: list[tuple[Any, ...]] = []
-    hidden = False
-    for v in range(scene.victims):
-        transcript, public = stage.round(v)
-        observations.append(stage.threat.observe(transcript, 0, public))
-        truths.append(truth_of(transcript, stage.threat.members(transcript, 0)))
-        events.append(transcript.events)
-        hidden = transcript.messages_hidden
-    rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v in range(scene.victims)]
+    looks = [stage.look(v) for v in range(scene.victims)]
+    seen = [(v, look.observation) for v, look in enumerate(looks) if look.observation is not None]
+    rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v, _ in seen]
     begun = time.perf_counter()
-    found = stage.attack.many(observations, rngs, progress)
+    attacked = stage.attack.many([o for _, o in seen], rngs, progress) if seen else []
     seconds = time.perf_counter() - begun
-    mean_image = stage.data.train.x.mean(0)
+    found = dict(zip((v for v, _ in seen), attacked, strict=True))
+    mean_image, data = stage.data.train.x.mean(0), stage.data
     scored = tuple(
-        score(f, t, mean_image, stage.data.input_range, stage.data.num_classes)
-        for f, t in zip(found, truths, strict=True)
+        score(
+            found.get(v) or look.guess(data.input_range),
+            look.truth,
+            mean_image,
+            data.input_range,
+            data.num_classes,
+        )
+        for v, look in enumerate(looks)
     )
-    budget = Budget(hidden, scene.delta, rounds=events[:1])
+    budget = Budget(looks[0].hidden, scene.delta, rounds=[looks[0].events])
     return Result(_report(stage, scored, budget, seconds), scored, stage.data.input_range)
+
+
+def _reason(outcome: Outcome) -> str:
+    return "; ".join(sorted({f"client {f.client} {f.reason}" for f in outcome.failures})[:1])
+
+
+def _threat_of(attack: Attack, threat: str | ThreatModel | None) -> ThreatModel:
+    """The adversary that looks on: the attack's own where it brings one, else the one asked for."""
+    own = attack.threat()
+    if own is None:
+        return make_threat(threat or "server")
+    if threat is not None:
+        given = threat if isinstance(threat, str) else threat.name
+        raise InputError(f"threat must be left out for {attack.name}, which is {own.name!r}, got {given!r}")
+    return own
 
 
 def _report(stage: Stage, scored: tuple[Scored, ...], budget: Budget, seconds: float) -> dict[str, Any]:

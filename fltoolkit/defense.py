@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fltoolkit.errors import InputError, require
 from fltoolkit.rng import Key, torch_stream
-from fltoolkit.types import Examples, Layout, Loss, PrivacyEvent
+from fltoolkit.types import HONEST, Examples, Layout, Loss, Meddling, PrivacyEvent
 
 LEVELS = ("client", "example")
 """Whose rows a defense acts on."""
@@ -52,6 +52,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class SecureSum:
+    """What a secure sum leaves. messages `[n, ...]` as the server saw them, or of no rows where nobody looks
+    on; total `[D]`: the weighted mean of the members at positions `survivors` of the cohort; refusals: why
+    others are not among them, by position, where somebody refused a message. Without survivors the sum was
+    given up, and nothing is known of any member."""
+
+    messages: Tensor
+    total: Tensor
+    survivors: tuple[int, ...]
+    refusals: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RoundContext:
     """What a defense may know of the round it acts in.
 
@@ -61,6 +74,9 @@ class RoundContext:
     does. name: the stream name. sampling: how the members were chosen. where: what names the streams of
     this round, or of this local step. owner, steps: at level "example" the client, and its local steps in
     this round. memory: what a defense keeps from round to round, see `recall`; local: what clients hold.
+    counts: what each member counts in the sum, whole numbers `[K]`: n_k, or 1 where all count alike; empty
+    where unknown. witnessed: whether somebody will look at messages. meddling: what the server does to this
+    round.
     """
 
     seed: int
@@ -75,6 +91,9 @@ class RoundContext:
     steps: int = 1
     memory: dict[tuple[Key, ...], Tensor] = field(default_factory=dict)
     local: Local | None = None
+    counts: tuple[int, ...] = ()
+    witnessed: bool = True
+    meddling: Meddling = HONEST
 
     @property
     def level(self) -> str:
@@ -150,9 +169,9 @@ class Defense:
         """Rows `[K, D]` in, rows `[K, D]` out."""
         return rows
 
-    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
-        """Messages as the server sees them and their weighted sum `[D]`; only where `hides_messages`."""
-        return rows, ctx.weights @ rows
+    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> SecureSum:
+        """What the server learns of rows `[K, D]`; only where `hides_messages`."""
+        return SecureSum(rows, ctx.weights @ rows, tuple(range(len(rows))))
 
     def server(self, aggregate: Tensor, ctx: RoundContext) -> Tensor:
         """Aggregate `[D]` in, aggregate `[D]` out."""
@@ -284,12 +303,12 @@ class DefenseStack:
         acting = [d for d in self.defenses if d.acts_on_rows]
         return acting[0].flat_norm if len(acting) == 1 else None
 
-    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> tuple[Tensor, Tensor]:
-        """The messages `[K, ...]` that reach the server and their weighted mean `[D]`."""
+    def secure_sum(self, rows: Tensor, ctx: RoundContext) -> SecureSum:
+        """The messages that reach the server, and their weighted mean."""
         for d, c in self._in(ctx):
             if d.hides_messages:
                 return d.secure_sum(rows, c)
-        return rows, ctx.weights @ rows
+        return Defense().secure_sum(rows, ctx)
 
     def server(self, total: Tensor, ctx: RoundContext) -> Tensor:
         """The aggregate `[D]` that the server releases."""

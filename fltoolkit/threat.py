@@ -5,13 +5,13 @@ docs/threat-models.md maps these to the models A-H of Carletti et al., USENIX Se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fltoolkit.types import Examples, Layout, Loss, Observation, Transcript
+from fltoolkit.types import HONEST, Examples, Layout, Loss, Meddling, Observation, Transcript
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,34 @@ class Public:
     auxiliary: Examples | None = None
 
 
-class ThreatModel(Protocol):
-    """A name, one line about it, what it broadcasts, and what it sees of a round."""
+class ThreatModel:
+    """Base of all threat models: a name, one line about it, what it sends, and what it sees of its rounds."""
 
-    name: ClassVar[str]
-    about: ClassVar[str]
+    name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
 
-    def broadcast(self, params: Tensor) -> Tensor:
-        """The parameters that clients receive; only a malicious server changes them."""
+    def cohorts(self, clients: int) -> tuple[tuple[int, ...], ...]:
+        """Who takes part in each round that it needs, of clients numbered from 0; the target is number 0."""
+        return (tuple(range(clients)),)
+
+    def meddling(self, params: Tensor, cohort: Sequence[int], public: Public) -> Meddling:
+        """What it does to a round over `params [D]`; only a malicious server does anything."""
+        return HONEST
 
     def observe(self, transcript: Transcript, target: int, public: Public) -> Observation:
-        """The adversary's view when it is after the cohort's member number `target`."""
+        """The adversary's view of a round when it is after the cohort's member number `target`."""
+        raise NotImplementedError
+
+    def observe_all(self, transcripts: Sequence[Transcript], clients: int, public: Public) -> Observation:
+        """Its view of all its rounds, when it is after client 0 of `clients`."""
+        return self.observe(transcripts[-1], 0, public)
 
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
         """Positions in the cohort of the clients whose data the observed update mixes; for scoring."""
+        raise NotImplementedError
 
 
-class CuriousServer:
+class CuriousServer(ThreatModel):
     """Honest but curious server: sees each client's message as sent, follows the protocol otherwise.
 
     Where messages are masked, a single one tells nothing and the server's best view is their sum.
@@ -55,29 +66,23 @@ class CuriousServer:
         "honest-but-curious server: each client's message (their sum under secure aggregation)"
     )
 
-    def broadcast(self, params: Tensor) -> Tensor:
-        return params
-
     def observe(self, transcript: Transcript, target: int, public: Public) -> Observation:
         hidden = transcript.messages_hidden
         update = transcript.total if hidden else transcript.messages[target]
-        return _observation(transcript, update, self.members(transcript, target), public)
+        return observation(transcript, update, self.members(transcript, target), public)
 
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
         return tuple(range(len(transcript.truth))) if transcript.messages_hidden else (target,)
 
 
-class AggregateOnly:
+class AggregateOnly(ThreatModel):
     """Sees nothing but the released aggregate of each round, as any participant does."""
 
     name: ClassVar[str] = "aggregate"
     about: ClassVar[str] = "aggregate only: the released weighted mean of the cohort, after every defense"
 
-    def broadcast(self, params: Tensor) -> Tensor:
-        return params
-
     def observe(self, transcript: Transcript, target: int, public: Public) -> Observation:
-        return _observation(transcript, transcript.aggregate, self.members(transcript, target), public)
+        return observation(transcript, transcript.aggregate, self.members(transcript, target), public)
 
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
         return tuple(range(len(transcript.truth)))
@@ -88,9 +93,10 @@ THREATS: dict[str, type[CuriousServer] | type[AggregateOnly]] = {
 }
 
 
-def _observation(
+def observation(
     transcript: Transcript, update: Tensor, members: tuple[int, ...], public: Public
 ) -> Observation:
+    """What is seen of an `update [D]` that mixes these members of the cohort."""
     return Observation(
         model=public.model,
         loss=public.loss,

@@ -151,6 +151,19 @@ class PrivacyEvent:
 
 
 @dataclass(frozen=True)
+class Meddling:
+    """How a malicious server departs from the protocol in a round. broadcasts: parameters `[D]` that some
+    clients receive in the place of the model, by client. ignored: clients whose masked inputs it says it
+    never got."""
+
+    broadcasts: Mapping[int, Tensor] = field(default_factory=dict)
+    ignored: frozenset[int] = frozenset()
+
+
+HONEST = Meddling()
+
+
+@dataclass(frozen=True)
 class Transcript:
     """One round as it happened. `truth` is read by the metrics alone; threat models never touch it.
 
@@ -174,6 +187,20 @@ class Transcript:
 
 
 @dataclass(frozen=True)
+class History:
+    """The sums of several rounds over one model. sums `[T, D + 1]`: Σ n_k Δ_k and, last, Σ n_k over each
+    round's survivors. participants `[T, N]` (bool): who of the N clients was in which sum, None where that
+    is hidden; windows, counts `[W, N]`: groups of rounds, and in how many of them each client was. target:
+    the client that the adversary is after."""
+
+    sums: Tensor
+    participants: Tensor | None
+    windows: tuple[tuple[int, ...], ...]
+    counts: Tensor
+    target: int
+
+
+@dataclass(frozen=True)
 class Observation:
     """Everything the adversary holds, and nothing else.
 
@@ -181,7 +208,8 @@ class Observation:
     update `[D]`: the difference w_k - w_t it saw, a weighted mean over `clients` clients and over
     `num_examples` examples in all. local: E, B, η if known, else None. labels `[num_examples]` if
     known, else None. input_shape, input_range: shape and bounds of one input. defenses: the public
-    parameters of each defense in order (Kerckhoffs). auxiliary: public data, never the private set.
+    parameters of each defense in order (Kerckhoffs). auxiliary: public data, never the private set. history:
+    sums of several rounds, where the adversary watched that long.
     """
 
     model: nn.Module
@@ -199,6 +227,7 @@ class Observation:
     defenses: tuple[Mapping[str, Any], ...] = ()
     auxiliary: Examples | None = None
     round: int = 0
+    history: History | None = None
 
     @property
     def per_client(self) -> int:

@@ -30,8 +30,8 @@ class Protected:
 
 def protect(stack: DefenseStack, rows: torch.Tensor, ctx: RoundContext) -> Protected:
     """All steps of a stack in the order in which a round takes them."""
-    messages, total = stack.secure_sum(stack.clients(rows, ctx), ctx)
-    return Protected(messages, total, stack.server(total, ctx), stack.events(ctx))
+    left = stack.secure_sum(stack.clients(rows, ctx), ctx)
+    return Protected(left.messages, left.total, stack.server(left.total, ctx), stack.events(ctx))
 
 
 def tiny_model(seed: int = 0, classes: int = 4, side: int = 5) -> nn.Module:

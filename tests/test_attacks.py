@@ -12,13 +12,17 @@ from fltoolkit import registry
 from fltoolkit.errors import InputError
 
 ATTACKS = {
+    "difference": "difference:inner=idlg,steps=150",
+    "disaggregation": "disaggregation:inner=idlg,steps=150",
     "dlfa": "dlfa:steps=150,restarts=2",
     "dlg": "dlg:steps=150",
     "features": "features:steps=60",
     "generative": "generative:steps=20,training=20",
     "idlg": "idlg:steps=150",
     "gradinversion": "gradinversion:steps=150,restarts=2",
+    "inconsistency": "inconsistency:steps=150",
     "inverting": "inverting:steps=150",
+    "isolation": "isolation:steps=150",
     "learned": "learned:steps=30,simulations=64,hidden=16",
     "sme": "sme:steps=150",
 }

@@ -127,7 +127,8 @@ def test_every_defense_there_is_has_a_curve():
     from fltoolkit.registry import defense_names
 
     named = {s.partition(":")[0] for c in tradeoff.CURVES for specs in c.strengths for s in specs}
-    assert named == set(defense_names())
+    assert named | tradeoff.SAME_SUM == set(defense_names())
+    assert not named & tradeoff.SAME_SUM
     drawn = {name for names in tradeoff.FAMILIES.values() for name in names}
     assert drawn == {c.name for c in tradeoff.CURVES}
     assert all(len(c.strengths) == 3 for c in tradeoff.CURVES if not c.name.startswith("none"))

@@ -177,7 +177,7 @@ def test_secure_aggregation_gives_exactly_the_same_aggregate(cls):
     plain = protect(DefenseStack([Clip(norm=C), cls()]), given, context(5))
     hidden = protect(DefenseStack([Clip(norm=C), cls(), SecAgg(cohort=5)]), given, context(5))
     assert torch.equal(plain.aggregate, hidden.aggregate)
-    assert (plain.total - hidden.total).abs().max() <= 5 / (2 * SecAgg().scale(5)) + 1e-7
+    assert (plain.total - hidden.total).abs().max() <= 1 / (2 * SecAgg().encoding(5, 1).scale) + 1e-7
     assert hidden.messages.dtype == torch.int64
 
 

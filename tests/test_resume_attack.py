@@ -20,6 +20,10 @@ from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.types import LocalSpec
 
 SEARCHES = {
+    "difference": "difference:inner=idlg,steps=150,restarts=3",
+    "disaggregation": "disaggregation:inner=idlg,steps=150,restarts=3",
+    "inconsistency": "inconsistency:inner=idlg,steps=150,restarts=3",
+    "isolation": "isolation:inner=idlg,steps=150,restarts=3",
     "dlfa": "dlfa:steps=150,restarts=3",
     "dlg": "dlg:steps=400,restarts=3,history=20",
     "gradinversion": "gradinversion:steps=150,restarts=3",

@@ -13,6 +13,7 @@ from torch import nn
 
 from defenses.clip import Clip
 from defenses.gaussian import Gaussian
+from defenses.mpc import MPC
 from defenses.secagg import SecAgg
 from fltoolkit.defense import DefenseStack
 from fltoolkit.loss import cross_entropy
@@ -82,6 +83,7 @@ STACKS = {
     "central": [Clip(norm=0.5), Gaussian(noise_multiplier=1.0)],
     "local": [Clip(norm=0.5), Gaussian(noise_multiplier=1.0, placement="client")],
     "secagg": [SecAgg(cohort=3)],
+    "mpc": [MPC(servers=3)],
 }
 
 

@@ -23,7 +23,7 @@ class AuditOptions:
     clients: int | None = flag(
         None, "clients K that the round mixes (default: 1, or what secagg:clients=K asks for)", "K", int
     )
-    threat: str = flag("server", "who is looking: server or aggregate", "NAME")
+    threat: str | None = flag(None, "who is looking: server (default) or aggregate", "NAME")
     defense: tuple[str, ...] = flag(
         (),
         "a defense with its parameters, repeatable, applied in order; e.g. clip:norm=0.5",
@@ -95,7 +95,8 @@ def run_audit(attack: str, o: AuditOptions) -> int:
     bar.close()
     write_json(folder / "report.json", result.report)
     low, high = result.input_range
-    title = f"{name} on {o.data}, {o.model}, batch {o.batch}, {_defended(o.defense)}, {o.threat} view"
+    threat = result.report["threat"]
+    title = f"{name} on {o.data}, {o.model}, batch {o.batch}, {_defended(o.defense)}, {threat} view"
     reconstruction_figure(folder / "reconstruction.png", result.victims, title, high - low)
     forget(search)
     print(_summary(result.report, folder), file=sys.stderr if o.json else sys.stdout)

@@ -38,7 +38,7 @@ scale of a Laplace prior on such differences, where no public images say better.
 
 MIXTURES = {"mixup", "instahide"}
 
-KEEP_LENGTH = {"clip", "secagg", "precode", *STDS, *MIXTURES}
+KEEP_LENGTH = {"clip", "secagg", "lightsecagg", "mpc", "precode", *STDS, *MIXTURES}
 """Defenses that do not change the length of an update but by noise, a clip where it does not act."""
 
 
@@ -206,6 +206,7 @@ RULES: dict[str, Rule] = {
     "randk": _masked,
     "prune": _masked,
     "soteria": _masked,
+    "suppression": _masked,
     "sign": _signs,
     "precode": _before_bottleneck,
     "mixup": _mixtures,

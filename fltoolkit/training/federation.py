@@ -80,8 +80,10 @@ class Federation:
         return [self.events_of(r.number, r.failed) for r in history]
 
     def events_of(self, number: int, failed: Sequence[int] = ()) -> tuple[PrivacyEvent, ...]:
-        """The privacy events of round `number`, in which the clients `failed` fail."""
-        cohort = [c for c in self.cohort(number) if c not in failed]
+        """The privacy events of round `number`, in which the clients `failed` fail; those of all, where all
+        do, as when a secure sum is given up."""
+        everybody = self.cohort(number)
+        cohort = [c for c in everybody if c not in failed] or everybody
         sizes = [len(self.clients[c]) for c in cohort]
         sampling = cohort_sampling(len(self.clients), self.fraction, self.sampling)
         n = counts(self.task, sampling, sizes)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from fltoolkit.defense import Local, RoundContext, Sampling
+from fltoolkit.defense import Local, RoundContext, Sampling, SecureSum
 from fltoolkit.errors import InputError
 from fltoolkit.rng import Key, stream
 from fltoolkit.training.private.local import Trainer
 from fltoolkit.training.task import Task, counts, example_context, round_events
-from fltoolkit.types import Examples, PrivacyEvent, Transcript, Updates
+from fltoolkit.types import HONEST, Examples, Meddling, PrivacyEvent, Transcript, Updates
 
 Memory = Mapping[tuple[Key, ...], Tensor]
 """What defenses keep from round to round, by defense and their own key."""
@@ -66,6 +66,7 @@ def run_round(
     witnessed: bool = True,
     sampling: Sampling = EVERYBODY,
     memory: Memory = NOTHING,
+    meddling: Meddling = HONEST,
 ) -> Outcome:
     """Train the members `cohort` of `clients` from `params [D]` in round `number`, through all defenses.
 
@@ -73,9 +74,11 @@ def run_round(
     transcript. A client fails where its data cannot be read, its training raises, or its update is not
     finite; the weights of the others are renormalised. A Poisson cohort is divided by its expected size
     instead, every client counts alike, and it may be empty. memory: what defenses kept of earlier rounds.
+    Those who drop out of a secure sum are left out of the round's mean; where it is given up, the aggregate
+    is zero, nobody is in it, and its events are still those of all. meddling: what a malicious server does.
     Raises InputError where the task says to stop on failure, and where every client failed.
     """
-    fold = _Fold(task, params, clients, number, witnessed, sampling, memory)
+    fold = _Fold(task, params, clients, number, witnessed, sampling, memory, meddling)
     at_once = max(1, CHUNK_BYTES // (params.numel() * params.element_size()))
     for a in range(0, len(cohort), at_once):
         fold.add(cohort[a : a + at_once])
@@ -95,7 +98,9 @@ class _Fold:
         witnessed: bool,
         sampling: Sampling,
         memory: Memory,
+        meddling: Meddling,
     ) -> None:
+        self.meddling = meddling
         self.task, self.params, self.source, self.number = task, params, clients, number
         self.sampling, self.memory, self.empty = sampling, dict(memory), 0
         self.witnessed, self.keep = witnessed, witnessed or task.stack.hides_messages
@@ -133,13 +138,20 @@ class _Fold:
         if not self.clients and (self.failures or self.sampling.kind != "poisson"):
             reasons = "; ".join(f"client {f.client} {f.reason}" for f in self.failures[:3])
             raise InputError(f"round {self.number} must have a client that succeeds, got: {reasons}")
-        stack, ctx = self.task.stack, self._context(self.clients, self.sizes)
-        total = self.total / self._divisor(self.sizes)
         messages = torch.cat(self.messages) if self.keep and self.messages else None
-        if messages is not None and stack.hides_messages:
-            messages, total = stack.secure_sum(messages, ctx)
-        aggregate = stack.server(total, ctx)
+        ctx = self._context(self.clients, self.sizes)
         events = round_events(self.task, ctx, self.sizes)
+        given_up = False
+        if messages is not None and self.task.stack.hides_messages:
+            left = self.task.stack.secure_sum(messages, ctx)
+            messages, total = left.messages, left.total
+            self._leave_out(left)
+            given_up = not self.clients
+            ctx = self._context(self.clients, self.sizes)
+            events = events if given_up else round_events(self.task, ctx, self.sizes)
+        else:
+            total = self.total / self._divisor(self.sizes)
+        aggregate = total if given_up else self.task.stack.server(total, ctx)
         return Outcome(
             number=self.number,
             clients=ctx.clients,
@@ -149,11 +161,23 @@ class _Fold:
             aggregate=aggregate,
             events=events,
             transcript=self._transcript(messages, total, aggregate, ctx, events)
-            if self.witnessed and messages is not None
+            if self.witnessed and messages is not None and not given_up
             else None,
             memory=self.memory,
             empty_batches=self.empty,
         )
+
+    def _leave_out(self, left: SecureSum) -> None:
+        """Forget those who are not in a secure sum; they failed."""
+        for k in sorted(set(range(len(self.clients))) - set(left.survivors)):
+            reason = left.refusals.get(k, "dropped out of the secure sum")
+            self.failures.append(Failure(self.clients[k], reason))
+        keep = list(left.survivors)
+        self.clients = [self.clients[k] for k in keep]
+        self.sizes = [self.sizes[k] for k in keep]
+        self.truth = [self.truth[k] for k in keep]
+        self.norms = [torch.cat(self.norms)[keep]]
+        self.rows = [torch.cat(self.rows)[keep]] if keep else []
 
     def _transcript(
         self,
@@ -201,6 +225,9 @@ class _Fold:
             sampling=self.sampling,
             memory=self.memory,
             local=Local(task.model, self.params, task.loss, task.layout, data),
+            counts=tuple(int(c) for c in self._counts(sizes).tolist()),
+            witnessed=self.witnessed,
+            meddling=self.meddling,
         )
 
     def _inputs(self, data: dict[int, Examples]) -> dict[int, Examples]:
@@ -240,19 +267,33 @@ class _Fold:
         return [c for c, good in zip(members, finite.tolist(), strict=True) if good], rows[finite]
 
     def _rows(self, members: Sequence[int], examples: Sequence[Examples]) -> Tensor:
-        """w_k − w_t of every member `[K, D]`."""
+        """w_k − w_t of every member `[K, D]`, w_t as that member received it."""
+        told = self.meddling.broadcasts
+        honest = [k for k, c in enumerate(members) if c not in told]
+        if len(honest) == len(members):
+            return self._trained(self.params, members, examples)
+        rows = self.params.new_empty(len(members), len(self.params))
+        for alike in [honest, *([k] for k, c in enumerate(members) if c in told)]:
+            if alike:
+                params = told.get(members[alike[0]], self.params)
+                some = [members[k] for k in alike], [examples[k] for k in alike]
+                rows[alike] = self._trained(params, *some)
+        return rows
+
+    def _trained(self, params: Tensor, members: Sequence[int], examples: Sequence[Examples]) -> Tensor:
+        """What the members' training adds to `params [D]`, `[K, D]`."""
         task = self.task
         rngs = [stream(task.seed, "round", self.number, "client", c, "batches") for c in members]
         if not task.stack.examples.defenses:
             engine = task.engine_for(tuple(examples[0].x.shape[1:]))
-            return engine(self.params, examples, self.local, rngs)
+            return engine(params, examples, self.local, rngs)
         trainer = Trainer(task.model, task.loss, task.stack.examples, self.local, task.engine)
         rows = []
         for c, d, rng in zip(members, examples, rngs, strict=True):
             where: tuple[Key, ...] = ("round", self.number, "client", c)
             ctx = example_context(task, self.number, c, len(d), where)
-            ctx = replace(ctx, local=Local(task.model, self.params, task.loss, task.layout, {c: d}))
-            row, empty = trainer(self.params, d, ctx, rng)
+            ctx = replace(ctx, local=Local(task.model, params, task.loss, task.layout, {c: d}))
+            row, empty = trainer(params, d, ctx, rng)
             self.empty += empty
             rows.append(row)
         return torch.stack(rows)

@@ -11,8 +11,8 @@ from fltoolkit.errors import InputError, require
 from fltoolkit.inversion.adaptation import keeps_length
 from fltoolkit.types import LocalSpec, Observation
 
-MASKS = {"topk", "randk", "prune", "subspace"}
-"""Defenses that send some coordinates and leave others out."""
+MASKS = {"topk", "randk", "prune", "subspace", "suppression"}
+"""Defenses that send some coordinates and leave others out, and the attack that knows some only."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,194 @@
+"""LightSecAgg sessions: exact sums through dropouts, refusals by name, uniform messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from fltoolkit.errors import InputError
+from fltoolkit.secagg import session
+from fltoolkit.secagg.errors import Greedy, Inconsistent, Malformed, OutOfOrder, Replayed, TooFew
+from fltoolkit.secagg.keys import KeyPair
+from fltoolkit.secagg.lightsecagg import KEYS, ROUNDS, Client, Server, Terms
+from fltoolkit.secagg.parties import bitmap
+from fltoolkit.secagg.prime_field import PRIME
+from fltoolkit.secagg.wire import SERVER, Wire, pack_records
+
+MASKED = 2
+
+
+class Play:
+    def __init__(self, n, needed=None, private=None, dim=5, seed=0):
+        members = tuple(range(20, 20 + n))
+        needed = needed or n // 2 + 1
+        private = min(needed - 1, n // 3) if private is None else private
+        self.terms = Terms(Wire(bytes(range(16))), members, needed, private, dim)
+        rng = np.random.default_rng(seed)
+        self.words = {c: rng.integers(0, PRIME, dim, dtype=np.uint64) for c in members}
+        self.clients = {c: Client(c, self.words[c], self.terms) for c in members}
+        self.server = Server(self.terms)
+
+    def run(self, silent=None, **options):
+        return session.run(self.server, self.clients, silent, **options)
+
+    def until(self, number):
+        inbox = self.server.opening()
+        for _ in range(number):
+            for c in inbox:
+                self.server.receive(c, self.clients[c].reply(inbox[c]))
+            inbox = self.server.close()
+        return inbox
+
+    def expected(self, clients):
+        return [
+            sum(column) % PRIME for column in zip(*(self.words[c].tolist() for c in clients), strict=True)
+        ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_sum_of_survivors_is_exact_whoever_drops_out_whenever(data):
+    n = data.draw(st.integers(1, 8))
+    needed = data.draw(st.integers(1, n))
+    private = data.draw(st.integers(0, needed - 1))
+    play = Play(n, needed, private, data.draw(st.integers(1, 30)), data.draw(st.integers(0, 99)))
+    silent = data.draw(st.dictionaries(st.sampled_from(sorted(play.clients)), st.integers(0, 3)))
+    there = [sum(silent.get(c, 4) > r for c in play.clients) for r in range(4)]
+    if min(there) < needed:
+        with pytest.raises(TooFew):
+            play.run(silent)
+        return
+    record = play.run(silent)
+    survivors = tuple(c for c in play.clients if silent.get(c, 4) > MASKED)
+    assert record.survivors == survivors
+    assert record.total.tolist() == play.expected(survivors)
+    assert record.refused == {}
+    assert [r.name for r in record.rounds] == list(ROUNDS)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_below_the_number_needed_it_ends_and_no_share_is_summed(number):
+    play = Play(5, needed=4, private=1)
+    sent = []
+    with pytest.raises(TooFew, match="must be at least 4, got 3"):
+        play.run({21: number, 23: number}, watch=lambda r, c, m: sent.append(r))
+    assert max(sent) == number
+
+
+def test_a_masked_input_is_uniform():
+    play = Play(3, dim=40_000)
+    for w in play.words.values():
+        w[:] = 7
+    seen = {}
+    play.run(watch=lambda r, c, m: seen.setdefault(c, m[26:]) if r == MASKED else None)
+    for body in seen.values():
+        assert chisquare(np.bincount(np.frombuffer(body, np.uint8), minlength=256)).pvalue > 1e-6
+
+
+def test_a_client_answers_for_one_set_of_survivors_that_is_large_enough():
+    play = Play(5, needed=3, private=1)
+    play.until(3)
+    told = lambda s: play.terms.wire.pack(3, SERVER, bitmap(play.terms.members, s))  # noqa: E731
+    with pytest.raises(TooFew, match="survivors must be at least 3, got 2"):
+        play.clients[20].reply(told({20, 21}))
+    with pytest.raises(Inconsistent, match="survivors must be clients whose shares are held, oneself among"):
+        play.clients[21].reply(told({20, 22, 23}))
+    play.clients[22].reply(told({20, 21, 22}))
+    with pytest.raises(Greedy):
+        play.clients[22].reply(told({20, 21, 22, 23}))
+
+
+def changed(message, how):
+    if how == "truncated":
+        return message[:-1]
+    if how == "empty":
+        return b""
+    if how == "other session":
+        return message[:6] + bytes(16) + message[22:]
+    if how == "other round":
+        return message[:5] + bytes([message[5] + 1]) + message[6:]
+    return message[:26] + b"\xff" * (len(message) - 26)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("truncated", Malformed),
+        ("empty", Malformed),
+        ("other session", Replayed),
+        ("other round", OutOfOrder),
+    ],
+)
+def test_what_is_not_a_clients_message_costs_that_client_only(number, how, error):
+    play = Play(6, needed=4, private=2)
+
+    class Bad:
+        def reply(self, message, inner=play.clients[20]):
+            answer = inner.reply(message)
+            return changed(answer, how) if inner._round == number + 1 else answer
+
+    record = session.run(play.server, {**play.clients, 20: Bad()})
+    assert isinstance(record.refused[20], error)
+    survivors = [c for c in play.clients if c != 20 or number > MASKED]
+    assert record.total.tolist() == play.expected(survivors)
+
+
+@pytest.mark.parametrize("number", [MASKED, 3])
+def test_words_at_or_above_the_prime_are_refused(number):
+    play = Play(6, needed=4, private=2)
+    inbox = play.until(number)
+    answer = play.clients[20].reply(inbox[20])
+    with pytest.raises(Malformed, match="words must be below 4294967291"):
+        play.server.receive(20, changed(answer, "ones"))
+
+
+def test_a_share_that_was_tampered_with_is_not_held_and_its_holder_steps_back():
+    play = Play(5, needed=3, private=1)
+    inbox = play.until(MASKED)
+    body = bytearray(inbox[20])
+    body[40] ^= 1
+    inbox[20] = bytes(body)
+    for c in inbox:
+        play.server.receive(c, play.clients[c].reply(inbox[c]))
+    inbox = play.server.close()
+    with pytest.raises(Inconsistent):
+        play.clients[20].reply(inbox[20])
+    for c in list(inbox)[1:]:
+        play.server.receive(c, play.clients[c].reply(inbox[c]))
+    play.server.close()
+    assert play.server.total().tolist() == play.expected(play.clients)
+
+
+def test_a_client_who_was_sent_another_model_sends_no_input():
+    play = Play(5, needed=3, private=1)
+    play.clients[20] = Client(20, play.words[20], play.terms, b"crafted")
+    record = play.run()
+    assert isinstance(record.refused[20], TooFew)
+    assert "clients with shares that verify must be at least 3, got 1" in str(record.refused[20])
+    assert 20 not in record.rounds[MASKED].sent
+    assert record.survivors == (21, 22, 23, 24)
+    assert record.total.tolist() == play.expected(record.survivors)
+
+
+def test_keys_of_strangers_and_too_few_keys_are_refused():
+    play = Play(4, needed=3, private=1)
+    play.until(1)
+    told = lambda rows: play.terms.wire.pack(1, SERVER, pack_records(KEYS, rows))  # noqa: E731
+    key = (KeyPair().public,)
+    with pytest.raises(Inconsistent, match="keys must be those of other members"):
+        play.clients[20].reply(told({21: key, 99: key}))
+    with pytest.raises(TooFew, match="clients with keys must be at least 3, got 2"):
+        play.clients[21].reply(told({20: key}))
+
+
+def test_impossible_terms_are_refused():
+    with pytest.raises(InputError, match="needed must be from 1 to 4 clients, got 5"):
+        Play(4, needed=5)
+    with pytest.raises(InputError, match="private must be from 0 to 2, got 3"):
+        Play(4, needed=3, private=3)
+    with pytest.raises(InputError, match="dim must be >= 1, got 0"):
+        Play(4, dim=0)
