@@ -52,12 +52,17 @@ HERE = Path(__file__).parent / "results" / "dp_accuracy"
 @dataclass(frozen=True)
 class Setting:
     """Flags of `train` for one method on one data set. rounds: T. fraction: C of DP-FedAvg. clip: C of the
-    clip."""
+    clip. lr: flags of the step size; lr_small: the same where ε is at most 1 and there is most noise."""
 
     flags: str
     rounds: int
     clip: float
     fraction: float = 1.0
+    lr: str = ""
+    lr_small: str = ""
+
+    def flags_at(self, epsilon: float) -> list[str]:
+        return f"{self.flags} {self.lr_small if epsilon <= 1 else self.lr}".split()
 
 
 SETTINGS = {
@@ -65,10 +70,11 @@ SETTINGS = {
         "--data digits --model softmax --clients 1 --fraction 1 --epochs 1 --batch 256 --lr 2", 30, 0.5
     ),
     ("mnist", "dp-sgd"): Setting(
-        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048 --lr 32 "
-        "--lr-decay 0.98",
+        "--data mnist --model tanhcnn --clients 1 --fraction 1 --epochs 1 --batch 2048",
         40,
         0.1,
+        lr="--lr 32 --lr-decay 0.98",
+        lr_small="--lr 12",
     ),
     ("digits", "dp-fedavg"): Setting(
         "--data digits --model softmax --clients 100 --epochs 1 --batch inf --lr 2", 30, 0.5, 0.5
@@ -98,7 +104,7 @@ class Cell:
     def flags(self) -> list[str]:
         """The arguments of `train`, without --out and --json."""
         s = SETTINGS[self.data, self.method]
-        common = ["train", *s.flags.split(), "--rounds", str(s.rounds), "--seed", str(self.seed)]
+        common = ["train", *s.flags_at(self.epsilon), "--rounds", str(s.rounds), "--seed", str(self.seed)]
         common += ["--eval-every", "5", "--checkpoint-every", "1000", "--delta", f"{DELTA:g}"]
         if self.method == "dp-sgd":
             common += ["--defense", f"clip:norm={s.clip:g},level=example"]

@@ -57,7 +57,7 @@ class LightSecAgg(SecureAggregation):
         clients = {c: Client(c, words[c], terms, told[c]) for c in ctx.clients}
         sent: dict[int, np.ndarray] = {}
 
-        def watch(number: int, client: int, message: bytes) -> None:
+        def watch(number: int, client: int, message: bytes | bytearray) -> None:
             if number == self.input_round:
                 sent[client] = np.frombuffer(terms.wire.unpack(message, number, client), WORD)
 

@@ -41,7 +41,7 @@ class SecAgg(SecureAggregation):
     less than 2^-40 in privacy and 2^-20 in finishing, for a fifth of the clients colluding and `dropout`, at
     least a twentieth, dropped). malicious: whether clients sign all they send and compare the set of
     survivors. bind: whether keys are bound to a hash of the model that each client received, so that
-    clients who were sent different models add up to nothing.
+    clients who were sent different models add up to nothing. workers: threads that make masks.
     """
 
     name: ClassVar[str] = "secagg"
@@ -49,13 +49,15 @@ class SecAgg(SecureAggregation):
     degree: int | None = None
     malicious: bool = False
     bind: bool = True
+    workers: int = 1
 
     def __post_init__(self) -> None:
         require(self.bits in range(16, 65), "bits", "an integer from 16 to 64", self.bits)
         super().__post_init__()
+        require(self.workers >= 1, "workers", ">= 1", self.workers)
         require(self.graph in GRAPHS, "graph", f"one of {GRAPHS}", self.graph)
         if self.degree is not None:
-            require(self.degree >= 1, "degree", ">= 1", self.degree)
+            require(self.degree >= 2, "degree", ">= 2", self.degree)
             require(self.graph == "regular", "graph", "regular where a degree is given", self.graph)
         if self.malicious and self.graph != "complete":
             raise InputError("secagg:graph must be complete with malicious=true, got regular")
@@ -87,13 +89,13 @@ class SecAgg(SecureAggregation):
         clients = {c: Client(c, words[c], terms, told[c], signers.get(c)) for c in ctx.clients}
         sent: dict[int, np.ndarray] = {}
 
-        def watch(number: int, client: int, message: bytes) -> None:
+        def watch(number: int, client: int, message: bytes | bytearray) -> None:
             if number == self.input_round:
                 body = terms.wire.unpack(message, number, client)
                 sent[client] = unpack(body, terms.dim, terms.bits)
 
-        server = Server(terms, told[ctx.clients[0]])
-        record = session.run(server, clients, silent, watch=watch if ctx.witnessed else None)
+        server = Server(terms, told[ctx.clients[0]], self.workers)
+        record = session.run(server, clients, silent, self.workers, watch if ctx.witnessed else None)
         refused = {c: f"{type(e).__name__}: {e}" for c, e in record.refused.items()}
         return Played(record.total, record.survivors, sent, refused)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binomtest
 
 from fltoolkit.errors import InputError
-from fltoolkit.secagg.graph import complete, disconnected, harary, parameters
+from fltoolkit.secagg.graph import _log_parted, complete, harary, parameters
 
 
 def connected(graph, left):
@@ -29,9 +31,9 @@ def connected(graph, left):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 30), st.data())
+@given(st.integers(3, 30), st.data())
 def test_a_harary_graph_is_regular_and_symmetric(n, data):
-    degree = data.draw(st.integers(1, n - 1).filter(lambda k: k * n % 2 == 0))
+    degree = data.draw(st.integers(2, n - 1).filter(lambda k: k * n % 2 == 0))
     members = data.draw(st.permutations(range(100, 100 + n)))
     graph = harary(members, degree, np.random.default_rng(0))
     again = harary(members, degree, np.random.default_rng(0))
@@ -66,7 +68,6 @@ def test_the_complete_graph_is_everybody():
     graph = complete([3, 1, 2])
     assert graph.members == (3, 1, 2)
     assert graph.adjacent == {3: (1, 2), 1: (2, 3), 2: (1, 3)}
-    assert graph.positions == {3: 0, 1: 1, 2: 2}
     assert complete([7]).degree == 0
 
 
@@ -107,14 +108,57 @@ def test_random_graphs_fail_no_more_often_than_the_bounds_say_and_not_much_less(
     assert choice.incorrect <= 2.0**-bits
 
 
-def test_the_degree_is_the_smallest_even_one():
-    from fltoolkit.secagg.graph import _choice
+def exact(n, degree, threshold, corrupt, dropout):
+    """Both bounds in exact arithmetic."""
+    bad, lost = int(corrupt * n + 1e-9), int(dropout * n + 1e-9)
 
-    choice = parameters(1000, 0.2, 0.1)
-    assert choice.degree % 2 == 0
-    for k in range(2, choice.degree, 2):
-        smaller = _choice(1000, k, 0.2, 0.1, 2.0**-40)
-        assert smaller is None or smaller.incorrect > 2.0**-20
+    def tail(marked, least):
+        ways = sum(comb(marked, j) * comb(n - 1 - marked, degree - j) for j in range(least, degree + 1))
+        return Fraction(ways, comb(n - 1, degree))
+
+    parted = Fraction(n * (n - degree - 1), 2) * Fraction(comb(bad + lost, degree), comb(n, degree))
+    return n * tail(bad, threshold) + parted, n * tail(lost, degree - threshold + 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "corrupt", "dropout", "security", "correctness"),
+    [(60, 0.15, 0.15, 3, 3), (100, 0.05, 0.05, 40, 20), (100, 0.29, 0.57, 5, 1), (300, 0.2, 0.1, 30, 20)],
+)
+def test_degree_and_threshold_are_the_smallest_for_which_the_exact_bounds_hold(
+    n, corrupt, dropout, security, correctness
+):
+    def good(k, t):
+        insecure, incorrect = exact(n, k, t, corrupt, dropout)
+        return insecure <= Fraction(1, 2**security) and incorrect <= Fraction(1, 2**correctness)
+
+    expected = next(((k, t) for k in range(2, n - 1, 2) for t in range(2, k + 1) if good(k, t)), None)
+    if expected is None:
+        with pytest.raises(InputError, match="use the complete graph"):
+            parameters(n, corrupt, dropout, security, correctness)
+        return
+    choice = parameters(n, corrupt, dropout, security, correctness)
+    assert (choice.degree, choice.threshold) == expected
+    insecure, incorrect = exact(n, *expected, corrupt, dropout)
+    assert choice.insecure == pytest.approx(float(insecure))
+    assert choice.incorrect == pytest.approx(float(incorrect))
+
+
+def test_fractions_that_floats_round_down_count_whole():
+    """0.29 · 100 is 28.999... as a product of floats."""
+    assert parameters(100, 0.29, 0.1, 10, 10) == parameters(100, 0.2999, 0.1, 10, 10)
+    assert parameters(100, 0.29, 0.1, 10, 10) != parameters(100, 0.2899, 0.1, 10, 10)
+
+
+def test_no_threshold_hands_secrets_to_a_single_neighbour():
+    assert parameters(60, 0, 0.2, 10, 10).threshold == 2
+
+
+def test_the_authors_own_parameters_are_met():
+    """k = 38, t = 22 at 5 % each and k = 518, t = 270 at 33 % each for a million, by a coarser rule."""
+    for share, degree, threshold in ((0.05, 38, 22), (0.33, 518, 270)):
+        choice = parameters(10**6, share, share)
+        assert 0.95 * degree <= choice.degree <= degree
+        assert 0.9 * threshold <= choice.threshold <= threshold
 
 
 def test_the_degree_grows_with_the_logarithm_of_n_and_with_every_demand():
@@ -128,26 +172,48 @@ def test_the_degree_grows_with_the_logarithm_of_n_and_with_every_demand():
     assert parameters(1000, 0.1, 0.1, correctness_bits=40).degree > base
 
 
-def test_a_ring_that_cannot_fall_apart_has_no_chance_of_it():
-    assert disconnected(100, 20, 0.05, 0.04) == 0.0
-    exact = 100 * np.prod([(30 - i) / (100 - i) for i in range(5)])
-    assert disconnected(100, 10, 0.2, 0.1) == pytest.approx(min(1, exact))
+def test_a_ring_falls_apart_no_more_often_than_its_bound_says():
+    """By the ring itself, cut where k / 2 in a row are gone in two places, and by walking the graph."""
+    n, degree, gone, turns = 24, 4, 8, 4000
+    rng = np.random.default_rng(5)
+    apart = 0
+    for _ in range(turns):
+        graph = harary(range(n), degree, rng)
+        apart += not connected(graph, rng.permutation(n)[gone:].tolist())
+    bound = float(np.exp(_log_parted(n, degree, gone)))
+    assert bound == pytest.approx(n * (n - degree - 1) / 2 * comb(gone, degree) / comb(n, degree))
+    assert bound / 4 < apart / turns <= bound
+    assert _log_parted(100, 20, 9) == -np.inf
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: harary(range(5), 3, np.random.default_rng(0)), "degree must be even for an odd number of 5"),
-        (lambda: harary(range(5), 5, np.random.default_rng(0)), "degree must be from 1 to 4 for 5 clients"),
-        (lambda: harary(range(5), 0, np.random.default_rng(0)), "degree must be from 1 to 4 for 5 clients"),
-        (lambda: complete([]), "members must be at least one client"),
-        (lambda: complete([1, 1]), "members must be distinct"),
-        (lambda: parameters(2, 0.1, 0.1), "n must be >= 3, got 2"),
+        (
+            lambda: harary(range(5), 3, np.random.default_rng(0)),
+            "degree must be even for an odd number of clients",
+        ),
+        (
+            lambda: harary(range(5), 5, np.random.default_rng(0)),
+            "degree must be an integer from 2 to 4 for 5 clients",
+        ),
+        (
+            lambda: harary(range(5), 0, np.random.default_rng(0)),
+            "degree must be an integer from 2 to 4 for 5 clients",
+        ),
+        (lambda: harary(range(5), 1, np.random.default_rng(0)), "degree must be an integer from 2 to 4"),
+        (lambda: harary(range(2), 2, np.random.default_rng(0)), "members must be at least 3 clients"),
+        (lambda: complete([1, 1]), "members must be distinct, got 1 more than once"),
+        (lambda: parameters(0, 0.1, 0.1), "n must be >= 1, got 0"),
+        (lambda: parameters(3, 0.1, 0.1), "use the complete graph"),
         (lambda: parameters(100, 1.0, 0.1), "corrupt must be from 0 to below 1, got 1.0"),
         (lambda: parameters(100, 0.1, -0.1), "dropout must be from 0 to below 1, got -0.1"),
         (lambda: parameters(100, 0.6, 0.4), r"corrupt \+ dropout must be below 1, got 1\.0"),
-        (lambda: parameters(100, 0.1, 0.1, 0), "security_bits must be > 0, got 0"),
-        (lambda: parameters(30, 0.3, 0.3), "got 30: use the complete graph"),
+        (lambda: parameters(100, 0.1, 0.1, 0), "security_bits must be a finite number > 0, got 0"),
+        (
+            lambda: parameters(12, 0.5, 0.4),
+            "no degree below 11 suffices for 12 clients .* use the complete graph",
+        ),
     ],
 )
 def test_impossible_graphs_are_refused(call, message):

@@ -83,7 +83,7 @@ def test_a_masked_input_is_uniform():
     for w in play.words.values():
         w[:] = 7
     seen = {}
-    play.run(watch=lambda r, c, m: seen.setdefault(c, m[26:]) if r == MASKED else None)
+    play.run(watch=lambda r, c, m: seen.setdefault(c, m[32:]) if r == MASKED else None)
     for body in seen.values():
         assert chisquare(np.bincount(np.frombuffer(body, np.uint8), minlength=256)).pvalue > 1e-6
 
@@ -110,7 +110,7 @@ def changed(message, how):
         return message[:6] + bytes(16) + message[22:]
     if how == "other round":
         return message[:5] + bytes([message[5] + 1]) + message[6:]
-    return message[:26] + b"\xff" * (len(message) - 26)
+    return message[:32] + b"\xff" * (len(message) - 32)
 
 
 @pytest.mark.parametrize("number", range(4))

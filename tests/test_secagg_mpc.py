@@ -71,7 +71,7 @@ def test_the_weighted_total_is_exact_over_those_whom_all_servers_heard(data):
 def test_all_but_one_client_send_seeds_to_all_but_one_server():
     t = terms(4, dim=1000)
     messages = client_messages(30, inputs(t)[30], t)
-    assert [len(m) for m in messages] == [26 + 16] * 3 + [26 + 4000]
+    assert [len(m) for m in messages] == [32 + 16] * 3 + [32 + 4000]
 
 
 @pytest.mark.parametrize("servers", [2, 3])
@@ -115,7 +115,7 @@ def test_a_share_of_full_size_is_uniform(threshold):
     words = np.full(t.dim, 7, "<u4")
     for message in client_messages(30, words, t)[-2:]:
         if len(message) > 100:
-            counts = np.bincount(np.frombuffer(message[26:], np.uint8), minlength=256)
+            counts = np.bincount(np.frombuffer(message[32:], np.uint8), minlength=256)
             assert chisquare(counts).pvalue > 1e-6
 
 

@@ -27,8 +27,8 @@ from fltoolkit.secagg.errors import (
     TooFew,
 )
 from fltoolkit.secagg.keys import KeyPair, Signer
-from fltoolkit.secagg.parties import bitmap
-from fltoolkit.secagg.wire import SERVER, Wire, pack_records
+from fltoolkit.secagg.parties import bitmap, members_in
+from fltoolkit.secagg.wire import SERVER, Wire, pack_records, unpack_records
 from fltoolkit.secagg.words import add_mask, pack, reduce, unpack, wire_size, word
 
 SESSION = bytes(range(16))
@@ -200,7 +200,7 @@ def test_one_answer_never_holds_both_shares_of_a_peer():
     inbox = play.until(3)
     for c, client in play.clients.items():
         held = {v: client._held[v] for v in client._held}
-        body = client.reply(inbox[c])[26:]
+        body = client.reply(inbox[c])[32:]
         assert len(body) == 5 * 36
         for i, v in enumerate(sorted(held)):
             assert body[36 * i + 4 : 36 * i + 36] == held[v][32:]  # all survive: the seed's share
@@ -233,7 +233,7 @@ def test_a_signing_client_accepts_no_key_that_its_peer_did_not_sign():
     play = Play(4, signed=True)
     inbox = play.until(1)
     body = bytearray(inbox[10])
-    at = 26 + 4
+    at = 32 + 4
     body[at : at + 32] = KeyPair().public
     with pytest.raises(Forged, match="a message must carry its sender's signature"):
         play.clients[10].reply(bytes(body))
@@ -358,7 +358,7 @@ def test_wrong_shares_give_an_error_and_no_wrong_sum():
         for c in inbox:
             answer = bytearray(play.clients[c].reply(inbox[c]))
             if c == 10:
-                answer[26 + 36 + 6] ^= 1  # its share of client 11's secret
+                answer[32 + 36 + 6] ^= 1  # its share of client 11's secret
             play.server.receive(c, bytes(answer))
         with pytest.raises(Forged, match="client 11"):
             play.server.close()
@@ -440,7 +440,7 @@ def test_a_masked_input_is_uniform():
     for w in play.words.values():
         w[:] = 7
     seen = {}
-    play.run(watch=lambda r, c, m: seen.setdefault(c, m[26:]) if r == MASKED else None)
+    play.run(watch=lambda r, c, m: seen.setdefault(c, m[32:]) if r == MASKED else None)
     for body in seen.values():
         assert chisquare(np.bincount(np.frombuffer(body, np.uint8), minlength=256)).pvalue > 1e-6
 
@@ -496,7 +496,7 @@ def test_the_enumeration_is_that_of_the_code():
                 mask = zero()
                 add_mask(mask, seed)
                 expected += int(mask[0]) * (1 if u < v else -1)
-        assert sent[u][26:] == bytes([expected % 256])
+        assert sent[u][32:] == bytes([expected % 256])
 
 
 @pytest.mark.parametrize(("n", "t"), [(3, 2), (3, 3), (4, 3)])
@@ -549,6 +549,24 @@ def test_packed_words_come_back_and_have_no_gaps(bits, dim, seed):
     for wrong in (data[:-1], data + b"\0"):
         with pytest.raises(Malformed):
             unpack(wrong, dim, bits)
+
+
+def test_records_come_in_ascending_order_each_once():
+    """As they are written; another order, or one twice, could say two things of one client."""
+    kind = bonawitz.SHARES
+    rows = {c: (bytes([c]) * 32,) for c in (3, 5, 9)}
+    data = pack_records(kind, rows)
+    assert unpack_records(kind, data) == rows
+    size = kind.itemsize
+    for wrong in (data[size:] + data[:size], data[:size] * 2):
+        with pytest.raises(Malformed, match="records must be in ascending order of clients, each once"):
+            unpack_records(kind, wrong)
+    with pytest.raises(Malformed, match="records must be multiples of 36 bytes, got 35"):
+        unpack_records(kind, data[: size - 1])
+    members = tuple(range(5))
+    assert members_in(members, bitmap(members, {1, 4})) == {1, 4}
+    with pytest.raises(Malformed, match="bits beyond the last client must be zero"):
+        members_in(members, b"\xff")
 
 
 def test_bits_beyond_the_last_value_are_refused():

@@ -10,6 +10,7 @@ the shares that others hold, where u is there, its seed b_u. Nobody gives out bo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fltoolkit.errors import InputError, require
 from fltoolkit.secagg.graph import Graph
@@ -76,7 +77,11 @@ class Terms:
 
     def point(self, client: int) -> int:
         """Where a holder's shares are values of the polynomials."""
-        return self.graph.positions[client] + 1
+        return self._points[client]
+
+    @cached_property
+    def _points(self) -> dict[int, int]:
+        return {c: i for i, c in enumerate(self.graph.members, 1)}
 
     def context(self, broadcast: bytes, *clients: int) -> bytes:
         """What keys are bound to: session, broadcast as the deriving client received it, both ends."""

@@ -12,7 +12,7 @@ from fltoolkit.secagg.bonawitz import KEYS, SEALED, SHARE_BYTES, SHARES, SIGNATU
 from fltoolkit.secagg.errors import Forged, Inconsistent, TooFew
 from fltoolkit.secagg.keys import KeyPair, Signer, commitment, seal, unseal
 from fltoolkit.secagg.parties import Step, bitmap, members_in
-from fltoolkit.secagg.wire import pack_records, unpack_records
+from fltoolkit.secagg.wire import HEADER_BYTES, pack_records, unpack_records
 from fltoolkit.secagg.words import SEED_BYTES, add_mask, pack, reduce
 
 CIPHER = b"fltoolkit secagg share encryption v1"
@@ -86,20 +86,23 @@ class Client(parties.Client):
             sealed[peer] = (seal(self._channel(peer, context), plain[peer], context),)
         return pack_records(SEALED, sealed)
 
-    def _masked_input(self, body: bytes) -> bytes | memoryview:
+    def _masked_input(self, body: bytes) -> bytes | memoryview | bytearray:
         """Take in the shares that are meant for this client, and send the input under all masks."""
         given = unpack_records(SEALED, body)
         if not set(given) <= set(self._peers):
             raise Inconsistent("shares must be those of neighbours whose keys are known")
         self._senders = frozenset(given)
         self._take_in(given)
-        masked = self._words.copy()
+        room = bytearray(HEADER_BYTES + self._words.nbytes)
+        masked = np.frombuffer(room, self._words.dtype, offset=HEADER_BYTES)
+        masked[:] = self._words
         add_mask(masked, self._seed[:SEED_BYTES])
         for peer in given:
             low, high = sorted((self.identity, peer))
             seed = self._mask.agree(self._peers[peer][1], PAIR, self._context(low, high), SEED_BYTES)
             add_mask(masked, seed, subtract=self.identity > peer)
-        return pack(reduce(masked, self.terms.bits), self.terms.bits)
+        reduce(masked, self.terms.bits)
+        return room if self.terms.bits == 8 * masked.itemsize else pack(masked, self.terms.bits)
 
     def _take_in(self, given: dict[int, tuple[bytes, ...]]) -> None:
         """Decrypt the shares. One that does not verify is not held; where that leaves too few, as when

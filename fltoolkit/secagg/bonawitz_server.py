@@ -54,11 +54,11 @@ class Server(parties.Server):
         assert self._round == len(self.rounds), "the session is not over"
         return self._sum
 
-    def _take_keys(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_keys(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         if len(body) != 2 * KEY_BYTES:
             raise Malformed(f"two public keys must be {2 * KEY_BYTES} bytes, got {len(body)}")
         pair = (bytes(body[:KEY_BYTES]), bytes(body[KEY_BYTES:]))
-        self._keys[client] = (*pair, message[-SIGNATURE_BYTES:]) if self.terms.signed else pair
+        self._keys[client] = (*pair, bytes(message[-SIGNATURE_BYTES:])) if self.terms.signed else pair
 
     def _forward_keys(self, answered: frozenset[int]) -> dict[int, bytes]:
         kind = SIGNED_KEYS if self.terms.signed else KEYS
@@ -67,7 +67,7 @@ class Server(parties.Server):
             for c in answered
         }
 
-    def _take_shares(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_shares(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         sealed = unpack_records(SEALED, body[COMMITMENT_BYTES:])
         wanted = {v for v in self._near(client) if v in self._keys}
         if set(sealed) != wanted:
@@ -82,22 +82,22 @@ class Server(parties.Server):
             found[c] = self.message(pack_records(SEALED, {v: self._sealed[v][c] for v in near}))
         return found
 
-    def _take_input(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_input(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         self._sum += unpack(body, self.terms.dim, self.terms.bits)
 
     def _name_survivors(self, answered: frozenset[int]) -> dict[int, bytes]:
         self.survivors = tuple(sorted(answered))
         return self.to_all(answered, bitmap(self.members, answered))
 
-    def _take_signature(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_signature(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         if bytes(body) != bitmap(self.members, self.survivors):
             raise Inconsistent("a client must sign the survivors that it was told")
-        self._signatures[client] = (message[-SIGNATURE_BYTES:],)
+        self._signatures[client] = (bytes(message[-SIGNATURE_BYTES:]),)
 
     def _forward_signatures(self, answered: frozenset[int]) -> dict[int, bytes]:
         return self.to_all(answered, pack_records(SIGNATURES, self._signatures))
 
-    def _take_unmasking(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_unmasking(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         shares = unpack_records(SHARES, body)
         if not set(shares) <= {v for v in (*self._near(client), client) if v in self._sealed}:
             raise Malformed("shares must be of secrets that the client holds")

@@ -177,7 +177,7 @@ class Server(parties.Server):
         assert self._round == len(self.rounds), "the session is not over"
         return self._sum
 
-    def _take_key(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_key(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         if len(body) != KEY_BYTES:
             raise Malformed(f"a public key must be {KEY_BYTES} bytes, got {len(body)}")
         self._keys[client] = (bytes(body),)
@@ -188,7 +188,7 @@ class Server(parties.Server):
             for c in answered
         }
 
-    def _take_shares(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_shares(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         sealed = unpack_records(self.terms.sealed, body)
         if set(sealed) != set(self._keys) - {client}:
             raise Malformed("shares must be for all other clients whose keys were sent")
@@ -202,14 +202,14 @@ class Server(parties.Server):
         self._sealed.clear()
         return found
 
-    def _take_input(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_input(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         self._sum = (self._sum + self.terms.words(body, self.terms.dim)) % np.uint64(PRIME)
 
     def _name_survivors(self, answered: frozenset[int]) -> dict[int, bytes]:
         self.survivors = tuple(sorted(answered))
         return self.to_all(answered, bitmap(self.members, answered))
 
-    def _take_sum(self, client: int, body: memoryview, message: bytes) -> None:
+    def _take_sum(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
         self._sums[client] = self.terms.words(body, self.terms.size)
 
     def _recover(self, answered: frozenset[int]) -> dict[int, bytes]:

@@ -11,10 +11,11 @@ from fltoolkit.secagg.errors import Greedy, Malformed, OutOfOrder, ProtocolError
 from fltoolkit.secagg.keys import Signer
 from fltoolkit.secagg.wire import SERVER, Wire
 
-Step = Callable[[bytes], "bytes | memoryview"]
-"""What a client does in a round: the server's message, without its header, to the answer."""
+Step = Callable[[bytes], "bytes | memoryview | bytearray"]
+"""What a client does in a round: the server's message, without its header, to the answer. A bytearray has
+room for the answer's own header before it, so that a long one is written once."""
 
-Take = Callable[[int, memoryview, bytes], None]
+Take = Callable[[int, memoryview, "bytes | bytearray"], None]
 """What a server does with an answer: client, the answer without header and signature, and all of it."""
 
 Closing = Callable[[frozenset[int]], dict[int, bytes]]
@@ -32,7 +33,7 @@ class Client(ABC):
     def steps(self) -> Sequence[Step]:
         """The steps of the rounds."""
 
-    def reply(self, message: bytes) -> bytes:
+    def reply(self, message: bytes) -> bytes | bytearray:
         """The answer to the server's message of the current round. Raises ProtocolError where it is refused;
         everything after that is refused too."""
         if self._stopped:
@@ -46,9 +47,11 @@ class Client(ABC):
         except ProtocolError:
             self._stopped = True
             raise
-        sent = self.wire.pack(self._round, self.identity, answer, self._signer)
-        self._round += 1
-        return sent
+        number, self._round = self._round, self._round + 1
+        if not isinstance(answer, bytearray):
+            return self.wire.pack(number, self.identity, answer, self._signer)
+        self.wire.fill(answer, number, self.identity)
+        return answer if self._signer is None else answer + self._signer.sign(bytes(answer))
 
 
 class Server(ABC):
@@ -73,7 +76,7 @@ class Server(ABC):
         """The first message to each client."""
         return self.to_all(self._asked, b"")
 
-    def receive(self, client: int, message: bytes) -> None:
+    def receive(self, client: int, message: bytes | bytearray) -> None:
         """Take in one answer. Raises ProtocolError, and keeps nothing of it, where it is refused."""
         if client not in self._asked:
             raise OutOfOrder(f"client {client} must be one that is asked in this round")

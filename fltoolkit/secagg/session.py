@@ -21,7 +21,7 @@ from fltoolkit.secagg.errors import ProtocolError
 class Client(Protocol):
     """One client of one session."""
 
-    def reply(self, message: bytes) -> bytes:
+    def reply(self, message: bytes) -> bytes | bytearray:
         """The answer to the server's message of the current round. Raises ProtocolError where the message is
         refused; the client then answers nothing any more."""
 
@@ -38,7 +38,7 @@ class Server(Protocol):
     def opening(self) -> dict[int, bytes]:
         """The first message to each client."""
 
-    def receive(self, client: int, message: bytes) -> None:
+    def receive(self, client: int, message: bytes | bytearray) -> None:
         """Take in one answer in the current round. Raises ProtocolError, and keeps nothing of it, where it
         is refused."""
 
@@ -78,7 +78,7 @@ def run(
     clients: Mapping[int, Client],
     silent: Mapping[int, int] | None = None,
     workers: int = 1,
-    watch: Callable[[int, int, bytes], None] | None = None,
+    watch: Callable[[int, int, bytes | bytearray], None] | None = None,
 ) -> Record:
     """Take a session through its rounds.
 
@@ -116,7 +116,7 @@ def run(
     return Record(server.total(), server.survivors, tuple(rounds), refused)
 
 
-Answer = tuple[bytes, float] | ProtocolError
+Answer = tuple[bytes | bytearray, float] | ProtocolError
 
 
 def _answers(

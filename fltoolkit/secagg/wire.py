@@ -16,7 +16,9 @@ SERVER = 0xFFFFFFFF
 """The sender of the server's messages; clients are numbered below it."""
 SESSION_BYTES = 16
 
-_HEADER = struct.Struct("<4sBB16sI")
+_HEADER = struct.Struct("<4sBB16sI6x")
+HEADER_BYTES = _HEADER.size
+"""A multiple of the largest word, so that words behind it are aligned."""
 _MAGIC = b"FLSA"
 _VERSION = 1
 
@@ -34,10 +36,17 @@ class Wire:
 
     def pack(self, number: int, sender: int, body: bytes | memoryview, signer: Signer | None = None) -> bytes:
         """The message of `sender` in round `number`."""
-        data = b"".join((_HEADER.pack(_MAGIC, _VERSION, number, self.session, sender), body))
+        data = b"".join((self._header(number, sender), body))
         return data if signer is None else data + signer.sign(data)
 
-    def unpack(self, data: bytes, number: int, sender: int) -> memoryview:
+    def fill(self, room: bytearray, number: int, sender: int) -> None:
+        """Write the header of a message whose body is in its place already, behind room for the header."""
+        room[:HEADER_BYTES] = self._header(number, sender)
+
+    def _header(self, number: int, sender: int) -> bytes:
+        return _HEADER.pack(_MAGIC, _VERSION, number, self.session, sender)
+
+    def unpack(self, data: bytes | bytearray, number: int, sender: int) -> memoryview:
         """The body of a message that must be of round `number` and come from `sender`.
 
         Raises Malformed, Replayed (of another session), OutOfOrder (of another round or sender) or Forged.
@@ -57,10 +66,10 @@ class Wire:
             return memoryview(data)[_HEADER.size :]
         return self._verified(data, sender)
 
-    def _verified(self, data: bytes, sender: int) -> memoryview:
+    def _verified(self, data: bytes | bytearray, sender: int) -> memoryview:
         if len(data) < _HEADER.size + SIGNATURE_BYTES:
             raise Malformed("a client's message must be signed in this session")
-        self.vouch(sender, data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:])
+        self.vouch(sender, bytes(data[:-SIGNATURE_BYTES]), bytes(data[-SIGNATURE_BYTES:]))
         return memoryview(data)[_HEADER.size : -SIGNATURE_BYTES]
 
     def vouch(self, client: int, signed: bytes, signature: bytes) -> None:
