@@ -130,7 +130,7 @@ def test_the_documentation_shows_the_committed_results():
 
 
 def test_the_committed_results_keep_what_was_aimed_at():
-    """A complete session takes at most 1.2 times its arithmetic, a sparse one at most 0.24 of a complete one."""
+    """At most 1.2 times the arithmetic for a complete graph; at most 0.24 of that for a sparse one."""
     folder = Path(speed.__file__).parent / "results" / "secagg_speed"
     found = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8"))["session"] for n in SESSIONS}
     for name in ("complete-0", "complete-30"):

@@ -445,10 +445,10 @@ def test_a_masked_input_is_uniform():
         assert chisquare(np.bincount(np.frombuffer(body, np.uint8), minlength=256)).pvalue > 1e-6
 
 
-def enumerated(x, modulus, gone):
-    """The server's view in a session of three with D = 1, over all masks: the masked inputs of all, since a
-    late message may still arrive, and what unmasking tells: survivors' own masks, pairs' masks of the
-    gone."""
+def enumerated(x, modulus, gone, colluding):
+    """The view of the server, and of clients colluding with it, in a session of three with D = 1, over all
+    masks: the masked inputs of all, since a late message may still arrive, what unmasking tells (own
+    masks of survivors, pairs' masks of the gone) and what the colluding ones know (their inputs, own and pairs' masks)."""
     views = Counter()
     for b0, b1, b2, s01, s02, s12 in product(range(modulus), repeat=6):
         own, pairs = (b0, b1, b2), {(0, 1): s01, (0, 2): s02, (1, 2): s12}
@@ -456,21 +456,24 @@ def enumerated(x, modulus, gone):
             (x[u] + own[u] + sum(s * ((u == a) - (u == b)) for (a, b), s in pairs.items())) % modulus
             for u in range(3)
         ]
-        told = tuple(own[u] for u in range(3) if u not in gone)
-        told += tuple(s for pair, s in pairs.items() if set(pair) & gone)
-        views[tuple(sent), told] += 1
+        told = tuple(own[u] for u in range(3) if u not in gone or u in colluding)
+        told += tuple(s for pair, s in pairs.items() if set(pair) & (gone | colluding))
+        views[tuple(sent), told, tuple(x[u] for u in colluding)] += 1
     return views
 
 
+@pytest.mark.parametrize("colluding", [set(), {1}])
 @pytest.mark.parametrize("gone", [set(), {0}, {2}])
-def test_the_servers_view_depends_on_the_inputs_by_the_survivors_sum_alone(gone):
+def test_a_view_depends_on_the_others_inputs_by_the_survivors_sum_alone(gone, colluding):
+    """Replacing any client's input by another's leaves the view's distribution as it is."""
     modulus = 3
     by_sum = {}
     for x in product(range(modulus), repeat=3):
-        total = sum(v for u, v in enumerate(x) if u not in gone) % modulus
-        view = enumerated(x, modulus, gone)
-        assert by_sum.setdefault(total, view) == view
-    assert len({frozenset(v.items()) for v in by_sum.values()}) == modulus
+        total = sum(v for u, v in enumerate(x) if u not in gone | colluding) % modulus
+        known = (total, *(x[u] for u in colluding))
+        view = enumerated(x, modulus, gone, colluding)
+        assert by_sum.setdefault(known, view) == view
+    assert len({frozenset(v.items()) for v in by_sum.values()}) == modulus ** (1 + len(colluding))
 
 
 def test_the_enumeration_is_that_of_the_code():
