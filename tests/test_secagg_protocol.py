@@ -447,8 +447,9 @@ def test_a_masked_input_is_uniform():
 
 def enumerated(x, modulus, gone, colluding):
     """The view of the server, and of clients colluding with it, in a session of three with D = 1, over all
-    masks: the masked inputs of all, since a late message may still arrive, what unmasking tells (own
-    masks of survivors, pairs' masks of the gone) and what the colluding ones know (their inputs, own and pairs' masks)."""
+    masks: the masked inputs of all, since a late message may still arrive; what unmasking tells, that is own
+    masks of survivors and pairs' masks of the gone; and what the colluding ones know, their inputs, own and
+    pairs' masks."""
     views = Counter()
     for b0, b1, b2, s01, s02, s12 in product(range(modulus), repeat=6):
         own, pairs = (b0, b1, b2), {(0, 1): s01, (0, 2): s02, (1, 2): s12}
