@@ -410,7 +410,7 @@ def test_a_value_outside_the_range_is_refused_by_client(value, message):
         ({"threshold": 1.1}, "threshold must be above 0 and at most 1, got 1.1"),
         ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
         ({"rounding": "up"}, "rounding must be one of"),
-        ({"most": 0}, "most must be >= 1, got 0"),
+        ({"most": 0}, "max_examples must be >= 1, got 0"),
         ({"graph": "star"}, "graph must be one of"),
         ({"degree": 4}, "graph must be regular where a degree is given, got 'complete'"),
         ({"graph": "regular", "malicious": True}, "secagg:graph must be complete with malicious=true"),

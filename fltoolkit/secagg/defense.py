@@ -41,14 +41,18 @@ class SecureAggregation(Defense):
     the integers. range: bound on the absolute value of an update's coordinates; a larger one is refused,
     never clipped. threshold: the share of the cohort that must survive; with fewer the round is given up.
     dropout: the chance that a client falls silent, from a round of the protocol chosen at random. rounding:
-    "nearest" or "stochastic", which is unbiased. most: W, the largest number of examples a client may have
-    (None: the largest of the round, which is then known to all).
+    "nearest" or "stochastic", which is unbiased. max_examples: W, the most a client may have (None: the most
+    that one of the round has, which is then known to all).
     """
 
     hides_messages: ClassVar[bool] = True
     input_round: ClassVar[int] = 2
     """The round, from 0, in which clients send their masked inputs."""
-    aliases: ClassVar[Mapping[str, str]] = {"clients": "cohort", "range": "value_range"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "clients": "cohort",
+        "range": "value_range",
+        "max_examples": "most",
+    }
     cohort: int | None = None
     bits: int = 32
     value_range: float = 8.0
@@ -62,7 +66,7 @@ class SecureAggregation(Defense):
         require(0 < self.threshold <= 1, "threshold", "above 0 and at most 1", self.threshold)
         require(0 <= self.dropout < 1, "dropout", "from 0 to below 1", self.dropout)
         require(self.rounding in ROUNDINGS, "rounding", f"one of {ROUNDINGS}", self.rounding)
-        require(self.most is None or self.most >= 1, "most", ">= 1", self.most)
+        require(self.most is None or self.most >= 1, "max_examples", ">= 1", self.most)
         self.encoding(1, self.most or 1)
 
     @property
