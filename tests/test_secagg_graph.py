@@ -122,7 +122,13 @@ def exact(n, degree, threshold, corrupt, dropout):
 
 @pytest.mark.parametrize(
     ("n", "corrupt", "dropout", "security", "correctness"),
-    [(60, 0.15, 0.15, 3, 3), (100, 0.05, 0.05, 40, 20), (100, 0.29, 0.57, 5, 1), (300, 0.2, 0.1, 30, 20)],
+    [
+        (60, 0.15, 0.15, 3, 3),
+        (100, 0.05, 0.05, 40, 20),
+        (100, 0.29, 0.57, 5, 1),
+        (300, 0.2, 0.1, 30, 20),
+        (40, 0, 0, 10, 10),
+    ],
 )
 def test_degree_and_threshold_are_the_smallest_for_which_the_exact_bounds_hold(
     n, corrupt, dropout, security, correctness
