@@ -138,11 +138,13 @@ class Stage:
         parts = np.split(index, self.clients)
         return [self.data.train.take(torch.from_numpy(p)).to(self.device) for p in parts]
 
-    def play(self, victim: int) -> tuple[list[Outcome], Public]:
-        """Play all rounds that the adversary needs of this victim, from one model."""
+    def play(self, victim: int, again: int = 0) -> tuple[list[Outcome], Public]:
+        """Play all rounds that the adversary needs of this victim, from one model. again: above 0 for the
+        same data and model with other random numbers in training and defenses."""
         scene = self.scene
         model = self.model(victim).to(self.device)
-        task = Task(model, scene.loss, scene.local, self.stack, scene.seed)
+        seed = int(stream(scene.seed, "again", again).integers(2**31)) if again else scene.seed
+        task = Task(model, scene.loss, scene.local, self.stack, seed)
         params, data, public = Layout.of(model).row(model), self.private(victim), task.public(self.data)
         cohorts = self.threat.cohorts(self.clients)
         memory: Memory = {}
@@ -162,9 +164,9 @@ class Stage:
             raise InputError(f"a round must come to an end, got: {_reason(outcomes[0])}")
         return outcomes[0].transcript, public
 
-    def look(self, victim: int) -> Look:
+    def look(self, victim: int, again: int = 0) -> Look:
         """What the adversary sees of the victim's rounds, and the truth behind it."""
-        outcomes, public = self.play(victim)
+        outcomes, public = self.play(victim, again)
         transcripts = [o.transcript for o in outcomes if o.transcript is not None]
         events = outcomes[-1].events
         hidden = self.stack.hides_messages
@@ -175,18 +177,21 @@ class Stage:
         if not mixed:
             return Look(None, self.private(victim)[0], events, hidden, "the target dropped out")
         seen = self.threat.observe_all(transcripts, self.clients, public)
-        return Look(seen, truth_of(transcripts[0], mixed), events, hidden)
+        messages = transcripts[0].messages if hidden else None
+        return Look(seen, truth_of(transcripts[0], mixed), events, hidden, messages=messages)
 
 
 @dataclass(frozen=True)
 class Look:
-    """observation: None where the rounds came to nothing, for the reason in `stopped`."""
+    """observation: None where the rounds came to nothing, for the reason in `stopped`. messages: the masked
+    ones of the first round, where a secure sum hides them."""
 
     observation: Observation | None
     truth: Examples
     events: tuple[PrivacyEvent, ...]
     hidden: bool
     stopped: str = ""
+    messages: Tensor | None = None
 
     def guess(self, input_range: tuple[float, float]) -> Reconstruction:
         """What is left to an adversary that saw nothing: grey."""

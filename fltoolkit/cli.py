@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fltoolkit.commands.audit import AuditOptions, run_audit
+from fltoolkit.commands.leakage import AddOptions, CheckOptions, UpdateOptions, run_add, run_check, run_update
 from fltoolkit.commands.listing import run_list
 from fltoolkit.commands.partition import PartitionOptions, run_partition
 from fltoolkit.commands.privacy import EpsilonOptions, SigmaOptions, run_epsilon, run_sigma
@@ -40,6 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("epsilon", help="the privacy ε that Gaussian noise gives"), EpsilonOptions
     )
     add_options(commands.add_parser("sigma", help="the least Gaussian noise for a privacy ε"), SigmaOptions)
+    leakage = commands.add_parser("leakage", help="leakage as a regression test: check, update, add")
+    actions = leakage.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_options(
+        actions.add_parser("check", help="measure again; exit code 1 where the leak changed"), CheckOptions
+    )
+    add_options(actions.add_parser("update", help="accept what leaks now, with a reason"), UpdateOptions)
+    new = actions.add_parser("add", help="measure something new and put it into the baseline")
+    new.add_argument("name", metavar="NAME", help="what it is called")
+    add_options(new, AddOptions)
     commands.add_parser("list", help="every attack, defense, threat model, model and data set")
     parsed = parser.parse_args(argv)
     if parsed.command == "audit":
@@ -54,7 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: run_epsilon(read_options(EpsilonOptions, parsed)))
     if parsed.command == "sigma":
         return guarded(lambda: run_sigma(read_options(SigmaOptions, parsed)))
+    if parsed.command == "leakage":
+        return guarded(lambda: _leakage(parsed))
     return guarded(run_list)
+
+
+def _leakage(parsed: argparse.Namespace) -> int:
+    if parsed.action == "check":
+        return run_check(read_options(CheckOptions, parsed))
+    if parsed.action == "update":
+        return run_update(read_options(UpdateOptions, parsed))
+    return run_add(parsed.name, read_options(AddOptions, parsed))
 
 
 def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:

@@ -22,6 +22,7 @@ from fltoolkit.defense import DefenseStack, RoundContext, Sampling
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
 from fltoolkit.secagg.fixed_point import FixedPoint
+from fltoolkit.training.federation import Federation
 from fltoolkit.training.round import run_round
 from fltoolkit.training.task import Task
 from fltoolkit.types import LocalSpec, Meddling
@@ -344,6 +345,20 @@ def test_a_round_that_is_given_up_changes_nothing_and_shows_nothing():
     assert len(outcome.failures) == 9
     assert not outcome.aggregate.any()
     assert outcome.transcript is None
+
+
+def test_a_round_that_is_given_up_is_charged_as_if_all_had_taken_part():
+    """Also where its events are told again from the clients that failed."""
+    noise = Clip(norm=1.0), DiscreteGaussian(noise_multiplier=2.0)
+    given_up = play(task(*noise, SecAgg(dropout=0.9, threshold=1.0)))
+    whole = play(task(*noise, SecAgg()))
+    some = play(task(*noise, SecAgg(dropout=0.4, threshold=0.2)))
+    assert given_up.events == whole.events != some.events
+    data = [tiny_examples(4, k) for k in range(9)]
+    federation = Federation(task(*noise, SecAgg()), data, tiny_examples(9), 1.0)
+    everybody = federation.events_of(1)
+    assert federation.events_of(1, range(9)) == everybody
+    assert federation.events_of(1, [3]) != everybody
 
 
 def test_crafted_models_add_up_to_nothing_where_keys_are_bound_to_them():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binomtest
 
 from fltoolkit.errors import InputError
-from fltoolkit.secagg.graph import _log_parted, complete, harary, parameters
+from fltoolkit.secagg.graph import Graph, _log_parted, complete, harary, parameters
 
 
 def connected(graph, left):
@@ -62,6 +62,10 @@ def test_neighbours_are_random():
     rng = np.random.default_rng(2)
     found = sum(1 in harary(range(n), degree, rng).neighbours(0) for _ in range(turns))
     assert binomtest(found, turns, degree / (n - 1)).pvalue > 1e-4
+
+
+def test_the_degree_is_that_of_the_client_with_fewest_neighbours():
+    assert Graph((1, 2, 3), {1: (2,), 2: (1, 3), 3: (2,)}).degree == 1
 
 
 def test_the_complete_graph_is_everybody():
