@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
 from scipy.stats import binom
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import leakage_gate as benchmark
 
 from fltoolkit.cli import main
 from fltoolkit.errors import InputError
@@ -294,6 +300,15 @@ def test_the_plugin_needs_a_baseline_or_a_limit_then_passes_then_catches(project
     caught.stdout.fnmatch_lines(["*mine*sent_norm*0.5*leaks more*"])
 
 
+def test_workers_of_xdist_write_one_baseline(project):
+    """Both tests' entries, whichever worker measured which."""
+    done = project.runpytest_subprocess("-n", "2", "--leakage-update", "--leakage-reason", "first")
+    done.assert_outcomes(passed=2)
+    entries = json.loads((project.path / "leakage.json").read_text())["entries"]
+    assert {n: e["reason"] for n, e in entries.items()} == {"mine": "first", "limit": "first"}
+    assert not list(project.path.glob("*.lock"))
+
+
 def test_workers_take_turns_at_the_baseline(tmp_path):
     path, inside, most = tmp_path / "leakage.json", [], []
 
@@ -311,3 +326,28 @@ def test_workers_take_turns_at_the_baseline(tmp_path):
         t.join()
     assert most == [1] * 5
     assert not list(tmp_path.iterdir())
+
+
+# --- the benchmark --------------------------------------------------------------------------------------
+
+
+def test_the_committed_error_rates_are_shown_and_are_what_was_aimed_at():
+    """At most 1 % of clean checks alarm, and at least 95 % of broken ones, of 200 and of 40 each."""
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "benchmarks" / "results" / "leakage_gate.json").read_text(encoding="utf-8"))
+    assert benchmark.show(result) in (root / "docs" / "leakage-gate.md").read_text(encoding="utf-8")
+    assert len(result["clean"]) >= 200
+    assert sum(result["clean"]) <= 0.01 * len(result["clean"])
+    assert result["broken"].keys() == benchmark.BROKEN.keys()
+    assert all(sum(v) >= 0.95 * len(v) and len(v) >= 40 for v in result["broken"].values())
+
+
+def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "gate.json"
+    out.write_text(json.dumps({"clean": [False], "broken": {n: [True] for n in benchmark.BROKEN}}))
+    monkeypatch.setattr(benchmark, "baseline", lambda: None)
+    monkeypatch.setattr(benchmark, "clean", lambda known, seed: seed == 2)
+    monkeypatch.setattr(benchmark, "broken", None)
+    assert benchmark.main(["--repeats", "2", "--broken", "1", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["clean"] == [False, True]
+    assert "50.0%" in capsys.readouterr().out
