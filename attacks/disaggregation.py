@@ -1,6 +1,6 @@
 """Disaggregation: single updates out of the sums of many rounds.
 
-Lam, Wei, Cormode, Brooks, Mitzenmacher 2021, arXiv:2106.06089: sums over changing cohorts are equations in
+Lam, Wei, Brooks, Reddi, Mitzenmacher 2021, arXiv:2106.06089: sums over changing cohorts are equations in
 the clients' updates, and enough of them have one solution, where updates change little from round to round,
 as when the server repeats a model. Who took part is known to the server of a secure sum; where it is
 hidden, it is solved for from how often each client took part (`fltoolkit.disaggregation`).

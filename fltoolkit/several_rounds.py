@@ -13,9 +13,8 @@ from fltoolkit.disaggregation import members, participants
 from fltoolkit.threat import CuriousServer, Public, observation
 from fltoolkit.types import History, Observation, Transcript
 
-ROUNDING = 1e-5
-"""Share of the largest singular value of sums below which there is nothing but the rounding of fixed
-point."""
+ROUNDING = 1e-6
+"""What fixed point does to a coordinate of a sum, as a share of the coordinates' root mean square."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ def single_out(observation: Observation) -> tuple[Observation | None, str]:
     rounds, clients = len(history.sums), history.counts.shape[1]
     matrix, how = history.participants, "known participants"
     if matrix is None:
-        told = participants(history.sums, history.counts, history.windows, ROUNDING)
+        noise = ROUNDING * float(history.sums.square().mean().sqrt())
+        told = participants(history.sums, history.counts, history.windows, noise=noise)
         matrix, how = told.matrix, "participants found from their counts"
-        if not told.sure.all():
+        if not told.unique.all():
             return None, f"{rounds} sums over {clients} clients: more than one column of participation fits"
     found = members(history.sums, matrix)
     if not found.identifiable[history.target]:
