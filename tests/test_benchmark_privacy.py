@@ -145,8 +145,8 @@ def test_the_documentation_shows_the_committed_results():
 
 
 def test_the_committed_results_keep_what_was_aimed_at():
-    """On MNIST 95.5 % at ε = 1 by DP-SGD, and no less than 97.9 % at ε = 2.93."""
+    """On MNIST 95.5 % at ε = 1 by DP-SGD, and no less than 98 % at ε = 2.93."""
     rows = dp.gathered(json.loads((dp.HERE / "mnist.json").read_text(encoding="utf-8")))
     reached = {r["epsilon"]: r["mean"] for r in rows if r["method"] == "dp-sgd"}
-    assert reached[2.93] >= 0.979
+    assert reached[2.93] >= 0.98
     assert reached[1.0] >= 0.955

@@ -116,6 +116,16 @@ def test_the_shares_of_t_holders_are_the_same_for_every_mask(n, needed, private,
         assert len(views[0]) == prime ** (private * size)
 
 
+@pytest.mark.parametrize("holders", [(0, 1), (0, 4), (2, 3)])
+def test_the_shares_of_t_holders_are_uniform_together_at_full_size(holders):
+    rng = np.random.default_rng(3)
+    noise = uniform(lambda n: rng.integers(0, 2**32, n, dtype=np.uint32), 2 * 50_000).reshape(2, -1)
+    shares = encode(np.full(100_000, 7, np.uint64), noise, range(1, 6), 4)[list(holders)]
+    high, low = shares // 2**28, shares % 16
+    for a, b in (high, low):
+        assert chisquare(np.bincount((16 * a + b).astype(int), minlength=256)).pvalue > 1e-6
+
+
 def test_one_share_more_than_t_tells_something():
     prime, views = 5, []
     for mask in range(prime):
@@ -132,3 +142,6 @@ def test_impossible_codes_are_refused():
         encode(np.zeros(3, np.uint64), np.zeros((2, 1), np.uint64), [1, 2, 3], 2)
     with pytest.raises(InputError, match="needed must be above 0, at most 3, got 4"):
         encode(np.zeros(3, np.uint64), np.zeros((0, 1), np.uint64), [1, 2, 3], 4)
+    for points in ([0, 1, 2], [1, 1, 2], [5, 1, 2]):
+        with pytest.raises(InputError, match="points must be distinct and from 1 to 4, got"):
+            encode(np.zeros(1, np.uint64), np.zeros((1, 1), np.uint64), points, 2, 5)

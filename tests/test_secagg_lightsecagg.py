@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,13 +12,23 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from fltoolkit.errors import InputError
-from fltoolkit.secagg import session
-from fltoolkit.secagg.errors import Greedy, Inconsistent, Malformed, OutOfOrder, Replayed, TooFew
+from fltoolkit.secagg import lightsecagg, session
+from fltoolkit.secagg.coded_mask import decode, encode
+from fltoolkit.secagg.errors import (
+    Forged,
+    Greedy,
+    Inconsistent,
+    Malformed,
+    OutOfOrder,
+    ProtocolError,
+    Replayed,
+    TooFew,
+)
 from fltoolkit.secagg.keys import KeyPair
 from fltoolkit.secagg.lightsecagg import KEYS, ROUNDS, Client, Server, Terms
 from fltoolkit.secagg.parties import bitmap
 from fltoolkit.secagg.prime_field import PRIME
-from fltoolkit.secagg.wire import SERVER, Wire, pack_records
+from fltoolkit.secagg.wire import HEADER_BYTES, SERVER, Wire, pack_records
 
 MASKED = 2
 
@@ -88,6 +101,54 @@ def test_a_masked_input_is_uniform():
         assert chisquare(np.bincount(np.frombuffer(body, np.uint8), minlength=256)).pvalue > 1e-6
 
 
+def test_the_server_and_t_clients_see_nothing_but_the_honest_sum():
+    """Every mask and noise of two honest clients over the field of five, for every pair of inputs; N = 3,
+    U = 2, T = 1, D = 1. Columns are coded independently, so that all draws are coded at once."""
+    prime, draws = 5, np.array(list(product(range(5), repeat=4)), np.uint64).T
+    masks, noises = draws[:2], draws[2:]
+    a, b = (encode(m, n[None], (1, 2, 3), 2, prime) for m, n in zip(masks, noises, strict=True))
+    sums = (a + b) % prime
+    assert (decode(sums[1:], (2, 3), draws.shape[1], 1, prime) == masks.sum(0) % prime).all()
+    views = {}
+    for x, y in product(range(prime), repeat=2):
+        rows = [(x + masks[0]) % prime, (y + masks[1]) % prime, a[2], b[2], *sums]
+        seen = Counter(map(tuple, np.stack(rows).T.tolist()))
+        assert views.setdefault((x + y) % prime, seen) == seen
+    assert len({frozenset(v.items()) for v in views.values()}) == prime
+
+
+def test_a_client_codes_its_mask_with_fresh_noise_at_points_that_are_not_zero(monkeypatch):
+    """What the enumerated code is given in a session, which no sum would show."""
+    given_ = []
+
+    def watched(mask, noise, points, needed):
+        given_.append((mask, noise, tuple(points), needed))
+        return encode(mask, noise, points, needed)
+
+    monkeypatch.setattr(lightsecagg, "encode", watched)
+    play = Play(5, needed=4, private=2, dim=20_000)
+    play.until(MASKED)
+    for mask, noise, points, needed in given_:
+        assert (mask.shape, noise.shape) == ((20_000,), (2, 10_000))
+        assert (points, needed) == ((1, 2, 3, 4, 5), 4)
+        for words in (mask, *noise):
+            counts = np.bincount((words // 2**24).astype(int), minlength=256)
+            assert chisquare(counts).pvalue > 1e-6
+    drawn = [row.tobytes() for mask, noise, _, _ in given_ for row in (mask, *noise)]
+    assert len(set(drawn)) == 15
+
+
+def test_no_two_parties_are_told_the_same_share_and_none_in_the_clear():
+    play = Play(4, needed=3, private=1, dim=200)
+    inbox = play.until(MASKED)
+    for c, message in inbox.items():
+        play.clients[c].reply(message)
+    held = {(c, v): s for c, client in play.clients.items() for v, s in client._held.items()}
+    assert len({s.tobytes() for s in held.values()}) == 16
+    for share in held.values():
+        assert not any(share.astype("<u4").tobytes() in message for message in inbox.values())
+
+
 def test_a_client_answers_for_one_set_of_survivors_that_is_large_enough():
     play = Play(5, needed=3, private=1)
     play.until(3)
@@ -137,6 +198,62 @@ def test_what_is_not_a_clients_message_costs_that_client_only(number, how, error
     assert record.total.tolist() == play.expected(survivors)
 
 
+@pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31)])
+def test_a_key_that_fits_no_other_costs_its_owner_only(key):
+    """Points of low order, with which peers could not agree on a key and would step back."""
+    play = Play(6, needed=4, private=2)
+
+    class Bad:
+        def reply(self, message, inner=play.clients[20]):
+            return inner.reply(message)[:HEADER_BYTES] + key
+
+    record = session.run(play.server, {**play.clients, 20: Bad()})
+    assert isinstance(record.refused[20], Forged)
+    assert record.total.tolist() == play.expected(range(21, 26))
+
+
+@pytest.mark.parametrize("rows", [range(22, 26), (20, *range(22, 26)), range(21, 27)])
+def test_shares_for_others_than_all_peers_cost_their_sender_only(rows):
+    play = Play(6, needed=4, private=2)
+
+    class Bad:
+        def reply(self, message, inner=play.clients[20]):
+            answer = inner.reply(message)
+            if inner._round != 2:
+                return answer
+            sealed = (bytes(play.terms.sealed["sealed"].itemsize),)
+            return answer[:HEADER_BYTES] + pack_records(play.terms.sealed, dict.fromkeys(rows, sealed))
+
+    record = session.run(play.server, {**play.clients, 20: Bad()})
+    assert isinstance(record.refused[20], Malformed)
+    assert record.total.tolist() == play.expected(range(21, 26))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_arrives_is_refused_by_name(data):
+    play = Play(4, needed=3, private=1)
+    number = data.draw(st.integers(0, 3))
+    message = play.until(number)[20]
+    answer = bytes(play.clients[20].reply(message))
+    body = data.draw(st.binary(max_size=300))
+    for party in (play.server.receive, lambda _, m: play.clients[21].reply(m)):
+        try:
+            party(20, (answer if party == play.server.receive else message)[:HEADER_BYTES] + body)
+        except ProtocolError:
+            continue
+
+
+def test_shares_of_strangers_are_refused():
+    play = Play(4, needed=3, private=1)
+    play.until(MASKED)
+    sealed = (bytes(play.terms.sealed["sealed"].itemsize),)
+    with pytest.raises(Inconsistent, match="shares must be those of peers whose keys are known"):
+        play.clients[20].reply(
+            play.terms.wire.pack(MASKED, SERVER, pack_records(play.terms.sealed, {99: sealed}))
+        )
+
+
 @pytest.mark.parametrize("number", [MASKED, 3])
 def test_words_at_or_above_the_prime_are_refused(number):
     play = Play(6, needed=4, private=2)
@@ -161,6 +278,18 @@ def test_a_share_that_was_tampered_with_is_not_held_and_its_holder_steps_back():
         play.server.receive(c, play.clients[c].reply(inbox[c]))
     play.server.close()
     assert play.server.total().tolist() == play.expected(play.clients)
+
+
+def test_a_wrong_sum_of_shares_gives_an_error_where_more_answer_than_are_needed():
+    play = Play(5, needed=3, private=1)
+    inbox = play.until(3)
+    for c in inbox:
+        answer = bytearray(play.clients[c].reply(inbox[c]))
+        if c == 20:
+            answer[33] ^= 1
+        play.server.receive(c, bytes(answer))
+    with pytest.raises(Forged, match="sums of shares must be of the same masks"):
+        play.server.close()
 
 
 def test_a_client_who_was_sent_another_model_sends_no_input():
@@ -192,3 +321,5 @@ def test_impossible_terms_are_refused():
         Play(4, needed=3, private=3)
     with pytest.raises(InputError, match="dim must be >= 1, got 0"):
         Play(4, dim=0)
+    with pytest.raises(InputError, match="members must be distinct"):
+        Terms(Wire(bytes(16)), (20, 20, 21), 2, 1, 5)

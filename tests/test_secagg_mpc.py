@@ -14,9 +14,10 @@ from scipy.stats import chisquare
 from fltoolkit.errors import InputError
 from fltoolkit.secagg.errors import Inconsistent, Malformed, OutOfOrder, Replayed, TooFew
 from fltoolkit.secagg.mpc import Server, Terms, client_messages, reconstruct, run
-from fltoolkit.secagg.prime_field import PRIME
+from fltoolkit.secagg.parties import bitmap
+from fltoolkit.secagg.prime_field import PRIME, inverse, matmul, vandermonde
 from fltoolkit.secagg.sharing import add_up, additive, interpolate, polynomial
-from fltoolkit.secagg.wire import Wire
+from fltoolkit.secagg.wire import HEADER_BYTES, Wire
 from fltoolkit.secagg.words import reduce, word
 
 MEMBERS = (30, 31, 32, 33)
@@ -119,6 +120,30 @@ def test_a_share_of_full_size_is_uniform(threshold):
             assert chisquare(counts).pvalue > 1e-6
 
 
+def test_a_client_draws_a_fresh_polynomial_of_full_degree():
+    """Its coefficients, read back from the messages to four servers of whom three are needed."""
+    t, points = terms(4, 3, dim=20_000), range(1, 5)
+    drawn = []
+    for client in MEMBERS:
+        words = np.full(t.dim, 7, "<u4")
+        messages = client_messages(client, words, t)
+        shares = np.stack([t.share(t.wire.unpack(m, 0, client)) for m in messages])
+        found = matmul(inverse(vandermonde(points, 4)), shares)
+        assert found[0].tolist() == words.tolist()
+        assert not found[3].any()
+        for row in found[1:3]:
+            assert chisquare(np.bincount((row // 2**24).astype(int), minlength=256)).pvalue > 1e-6
+            drawn.append(row.tobytes())
+    assert len(set(drawn)) == 8
+
+
+def test_no_seed_is_sent_twice():
+    t = terms(4)
+    given_ = inputs(t)
+    sent = [m for c in MEMBERS for _ in range(2) for m in client_messages(c, given_[c], t)[:-1]]
+    assert len({m[HEADER_BYTES:] for m in sent}) == 4 * 2 * 3
+
+
 def served(t):
     given_ = inputs(t)
     servers = [Server(i, t) for i in range(t.servers)]
@@ -162,15 +187,39 @@ def test_a_server_adds_up_one_set_of_clients():
     first = servers[0]
     with pytest.raises(OutOfOrder, match="servers must agree on who is in the total first"):
         first.total()
-    first.agree({1: servers[1].heard()})
+    heard = {s.index: s.heard() for s in servers}
+    for others in ({1: heard[1]}, heard, {1: heard[1], 2: heard[2], 3: heard[2]}):
+        with pytest.raises(Inconsistent, match="servers that agree must be all 3, got"):
+            first.agree(others)
+    first.agree({1: heard[1], 2: heard[2]})
     first.total()
     late = Server(1, t)
     late.receive(30, messages[30][1])
     late.receive(31, messages[31][1])
     with pytest.raises(Inconsistent, match="a server must add up one set of clients"):
-        first.agree({1: late.heard()})
+        first.agree({1: late.heard(), 2: heard[2]})
     with pytest.raises(OutOfOrder, match="shares must arrive before the servers agree"):
         _agreed(t).receive(30, messages[30][0])
+
+
+@pytest.mark.parametrize("threshold", [2, 3])
+def test_sums_over_different_clients_make_no_total(threshold):
+    """As where a server tells one that it did not hear a client, and another that it did."""
+    t = terms(3, threshold)
+    servers, messages = served(t)
+    for s in servers:
+        for c in MEMBERS:
+            s.receive(c, messages[c][s.index])
+    heard = {s.index: s.heard() for s in servers}
+    less = t.wire.pack(1, 2, bitmap(MEMBERS, MEMBERS[1:]))
+    for s in servers:
+        told = heard | {2: less} if s.index == 1 else heard
+        s.agree({i: m for i, m in told.items() if i != s.index})
+    totals = {s.index: s.total() for s in servers}
+    with pytest.raises(Inconsistent, match="sums must be over the same clients"):
+        reconstruct(totals, t)
+    with pytest.raises(OutOfOrder, match=r"sums must be those of servers 0 to 2, got \[0, 1, 7\]"):
+        reconstruct({0: totals[0], 1: totals[1], 7: totals[2]}, t)
 
 
 def _agreed(t):
@@ -201,3 +250,8 @@ def test_impossible_terms_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             terms(**change)
+    with pytest.raises(InputError, match="members must be distinct"):
+        terms(members=(30, 30, 31))
+    for points in ([0, 1, 2], [1, 1, 2], [5, 1, 2]):
+        with pytest.raises(InputError, match="points must be distinct and from 1 to 4, got"):
+            polynomial(np.zeros(1, np.uint64), np.zeros((1, 1), np.uint64), points, 5)

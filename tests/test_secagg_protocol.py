@@ -386,6 +386,20 @@ def test_masks_of_clients_who_were_sent_different_models_do_not_cancel():
     assert len(seeds) == 2
 
 
+@pytest.mark.parametrize("at", [0, 32])
+def test_a_key_of_small_order_costs_its_owner_only(at):
+    play = Play(5, threshold=3)
+    bad = play.terms.wire.pack(0, 10, KeyPair().public * 2)
+
+    class Bad:
+        def reply(self, message):
+            return bad[: 32 + at] + bytes(32) + bad[64 + at :]
+
+    record = session.run(play.server, {**play.clients, 10: Bad()})
+    assert isinstance(record.refused[10], Forged)
+    assert record.total.tolist() == play.expected([11, 12, 13, 14])
+
+
 def test_keys_that_repeat_or_come_from_no_neighbour_are_refused():
     play = Play(4)
     own = play.clients[11]

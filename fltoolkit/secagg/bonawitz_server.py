@@ -58,6 +58,8 @@ class Server(parties.Server):
         if len(body) != 2 * KEY_BYTES:
             raise Malformed(f"two public keys must be {2 * KEY_BYTES} bytes, got {len(body)}")
         pair = (bytes(body[:KEY_BYTES]), bytes(body[KEY_BYTES:]))
+        for public in pair:  # one with which no peer could agree on a secret is refused here
+            KeyPair().agree(public, PAIR, b"")
         self._keys[client] = (*pair, bytes(message[-SIGNATURE_BYTES:])) if self.terms.signed else pair
 
     def _forward_keys(self, answered: frozenset[int]) -> dict[int, bytes]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fltoolkit.errors import require
-from fltoolkit.secagg.prime_field import PRIME, inverse, matmul, vandermonde
+from fltoolkit.secagg.prime_field import PRIME, check_points, inverse, matmul, vandermonde
 
 
 def piece_size(dim: int, needed: int, private: int) -> int:
@@ -27,10 +27,12 @@ def encode(
 ) -> np.ndarray:
     """Shares `[N, L]` of a mask `[D]` at N points, with `noise [T, L]`, L = `piece_size`.
 
-    points: distinct, from 1 to prime - 1. needed: U. Raises InputError unless T < U <= N.
+    points: distinct, from 1 to prime - 1. needed: U. Raises InputError unless T < U <= N, or where
+    points are not so.
     """
     private = len(noise)
     require(private < needed <= len(points), "needed", f"above {private}, at most {len(points)}", needed)
+    check_points(points, prime)
     size = piece_size(len(mask), needed, private)
     pieces = np.zeros((needed - private) * size, np.uint64)
     pieces[: len(mask)] = mask

@@ -48,6 +48,7 @@ class Terms:
     def __post_init__(self) -> None:
         n = len(self.members)
         require(self.dim >= 1, "dim", ">= 1", self.dim)
+        require(len(set(self.members)) == n, "members", "distinct", self.members)
         require(1 <= self.needed <= n, "needed", f"from 1 to {n} clients", self.needed)
         require(0 <= self.private < self.needed, "private", f"from 0 to {self.needed - 1}", self.private)
 
@@ -178,8 +179,10 @@ class Server(parties.Server):
         return self._sum
 
     def _take_key(self, client: int, body: memoryview, message: bytes | bytearray) -> None:
+        """Refuses, as Forged, a key with which no peer could agree on another and would step back."""
         if len(body) != KEY_BYTES:
             raise Malformed(f"a public key must be {KEY_BYTES} bytes, got {len(body)}")
+        KeyPair().agree(bytes(body), CIPHER, b"")
         self._keys[client] = (bytes(body),)
 
     def _forward_keys(self, answered: frozenset[int]) -> dict[int, bytes]:
@@ -213,13 +216,19 @@ class Server(parties.Server):
         self._sums[client] = self.terms.words(body, self.terms.size)
 
     def _recover(self, answered: frozenset[int]) -> dict[int, bytes]:
-        """Decode the sum of the masks from U of the answers, and take it out of the sum of the inputs."""
-        chosen = sorted(answered)[: self.terms.needed]
-        shares = np.stack([self._sums[c] for c in chosen])
-        points = [self.terms.point(c) for c in chosen]
-        mask = decode(shares, points, self.terms.dim, self.terms.private)
+        """Decode the sum of the masks from U of the answers, and take it out of the sum of the inputs. Where
+        there are more, the last U must give the same: a wrong answer among them raises Forged."""
+        holders, needed = sorted(answered), self.terms.needed
+        mask = self._decoded(holders[:needed])
+        if len(holders) > needed and (self._decoded(holders[-needed:]) != mask).any():
+            raise Forged("sums of shares must be of the same masks")
         self._sum = (self._sum + (np.uint64(PRIME) - mask)) % np.uint64(PRIME)
         return {}
+
+    def _decoded(self, holders: Sequence[int]) -> np.ndarray:
+        shares = np.stack([self._sums[c] for c in holders])
+        points = [self.terms.point(c) for c in holders]
+        return decode(shares, points, self.terms.dim, self.terms.private)
 
 
 def fresh_words(count: int) -> np.ndarray:

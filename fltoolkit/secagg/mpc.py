@@ -4,7 +4,8 @@ Each client sends each server one share of its input (`fltoolkit.secagg.sharing`
 under TLS. The servers tell each other whom they heard from, add up the shares of those whom all of them
 heard, each times a public weight where there are weights, and publish these sums; all of them, or any t
 with Shamir's shares, give the total and nothing else. A client needs no second message, and the servers'
-work is additions.
+work is additions. Servers are honest but curious: one that tells two others different things of whom it
+heard from can have two totals made.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Terms:
         require(self.servers >= 2, "servers", ">= 2", self.servers)
         require(2 <= self.threshold <= self.servers, "threshold", f"from 2 to {self.servers}", self.threshold)
         n = len(self.members)
+        require(len(set(self.members)) == n, "members", "distinct", self.members)
         require(1 <= self.least <= n, "least", f"from 1 to {n} clients", self.least)
         require(self.dim >= 1, "dim", ">= 1", self.dim)
         require(self.bits in range(1, 65), "bits", "an integer from 1 to 64", self.bits)
@@ -108,8 +110,10 @@ class Server:
         return self.terms.wire.pack(HEARD, self.index, bitmap(self.terms.members, self._shares))
 
     def agree(self, others: Mapping[int, bytes]) -> frozenset[int]:
-        """Who is in the total: those whom this server and all `others` heard. Raises TooFew, and Inconsistent
-        where another set had been agreed on."""
+        """Who is in the total: those whom this server and all the `others` heard. Raises TooFew, and
+        Inconsistent where a server is missing or another set had been agreed on."""
+        if {self.index, *others} != set(range(self.terms.servers)) or self.index in others:
+            raise Inconsistent(f"servers that agree must be all {self.terms.servers}, got {sorted(others)}")
         agreed = frozenset(self._shares)
         for index, message in others.items():
             agreed &= members_in(self.terms.members, self.terms.wire.unpack(message, HEARD, index))
@@ -121,7 +125,7 @@ class Server:
         return agreed
 
     def total(self) -> bytes:
-        """The weighted sum of the agreed clients' shares, for everybody."""
+        """The agreed clients and the weighted sum of their shares, for everybody."""
         if self._agreed is None:
             raise OutOfOrder("servers must agree on who is in the total first")
         sums = np.zeros(self.terms.dim, word(self.terms.bits) if self.terms.is_additive else np.uint64)
@@ -132,7 +136,8 @@ class Server:
             else:
                 sums = (sums + share.astype(np.uint64) * np.uint64(weight % PRIME)) % np.uint64(PRIME)
         done = reduce(sums.astype(word(self.terms.bits)), self.terms.bits)
-        return self.terms.wire.pack(TOTALS, self.index, pack(done, self.terms.bits))
+        body = bitmap(self.terms.members, self._agreed) + bytes(pack(done, self.terms.bits))
+        return self.terms.wire.pack(TOTALS, self.index, body)
 
     @property
     def _takes_seeds(self) -> bool:
@@ -145,11 +150,19 @@ class Server:
 
 
 def reconstruct(totals: Mapping[int, bytes], terms: Terms) -> np.ndarray:
-    """The total `[D]` from the servers' sums, by server. Raises TooFew where there are fewer than t."""
+    """The total `[D]` from the servers' sums, by server. Raises TooFew where there are fewer than t, and
+    Inconsistent where they are sums over different clients."""
+    if not set(totals) <= set(range(terms.servers)):
+        raise OutOfOrder(f"sums must be those of servers 0 to {terms.servers - 1}, got {sorted(totals)}")
     if len(totals) < terms.threshold:
         raise TooFew(f"servers with a sum must be at least {terms.threshold}, got {len(totals)}")
+    bodies = {i: terms.wire.unpack(message, TOTALS, i) for i, message in totals.items()}
+    at = len(bitmap(terms.members, ()))
+    sets = [members_in(terms.members, body[:at]) for body in bodies.values()]
+    if len(set(sets)) > 1:
+        raise Inconsistent("sums must be over the same clients")
     chosen = sorted(totals)[: terms.threshold]
-    sums = [terms.share(terms.wire.unpack(totals[i], TOTALS, i)) for i in chosen]
+    sums = [terms.share(bodies[i][at:]) for i in chosen]
     if terms.is_additive:
         return add_up(sums, terms.bits)
     return interpolate(np.stack(sums), [i + 1 for i in chosen]).astype("<u4")

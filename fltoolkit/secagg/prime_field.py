@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fltoolkit.errors import require
+
 PRIME = 2**32 - 5
 """The largest prime below 2^32."""
 
@@ -60,6 +62,12 @@ def vandermonde(points: Sequence[int], degree: int, prime: int = PRIME) -> np.nd
     for j in range(1, degree):
         rows[:, j] = rows[:, j - 1] * x % np.uint64(prime)
     return rows
+
+
+def check_points(points: Sequence[int], prime: int = PRIME) -> None:
+    """Raises InputError unless they are distinct and from 1 to prime - 1. A share at 0 would be a secret."""
+    good = len(set(points)) == len(points) and all(0 < x < prime for x in points)
+    require(good, "points", f"distinct and from 1 to {prime - 1}", list(points))
 
 
 def uniform(words: Callable[[int], np.ndarray], size: int, prime: int = PRIME) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fltoolkit.secagg.prime_field import PRIME, inverse, matmul, vandermonde
+from fltoolkit.secagg.prime_field import PRIME, check_points, inverse, matmul, vandermonde
 from fltoolkit.secagg.words import reduce
 
 
@@ -33,12 +33,14 @@ def add_up(shares: Sequence[np.ndarray], bits: int) -> np.ndarray:
 
 
 def polynomial(words: np.ndarray, noise: np.ndarray, points: Sequence[int], prime: int = PRIME) -> np.ndarray:
-    """Shares `[S, D]` of `words [D]` at points other than zero, with `noise [t - 1, D]`, any t of which
-    give it back."""
+    """Shares `[S, D]` of `words [D]`, with `noise [t - 1, D]`, any t of which give it back. Raises InputError
+    unless points are distinct and from 1 to prime - 1."""
+    check_points(points, prime)
     data = np.concatenate([words[None].astype(np.uint64), noise.astype(np.uint64)])
     return matmul(vandermonde(points, len(data), prime), data, prime)
 
 
 def interpolate(shares: np.ndarray, points: Sequence[int], prime: int = PRIME) -> np.ndarray:
     """The vector `[D]` behind t shares `[t, D]` at their points."""
-    return matmul(inverse(vandermonde(points, len(points), prime), prime)[:1], shares, prime)[0]
+    weights = inverse(vandermonde(points, len(points), prime), prime)[:1]
+    return matmul(weights, shares, prime).reshape(-1)
