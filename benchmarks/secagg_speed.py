@@ -131,10 +131,13 @@ def timed(call: Callable[[], object], turns: int = 5) -> float:
 
 def primitives(o: argparse.Namespace) -> list[dict[str, Any]]:
     """Our parts beside Flower's: a mask of D words, shares of a key, a key rebuilt, an agreed key."""
-    from flwr.common.secure_aggregation.crypto import shamir as theirs
-    from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
-    from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
-    from flwr.supercore.primitives.asymmetric import generate_key_pairs
+    try:
+        from flwr.common.secure_aggregation.crypto import shamir as theirs
+        from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
+        from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+        from flwr.supercore.primitives.asymmetric import generate_key_pairs
+    except ImportError as e:
+        raise InputError(f"flower must be installed, as by pip install -e .[bench], got: {e}") from e
 
     n, t = o.clients, math.ceil(o.threshold * o.clients)
     words, seed, secret = np.zeros(o.dim, word(o.bits)), os.urandom(SEED_BYTES), os.urandom(32)
@@ -292,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         if o.show:
             print(compare([json.loads(Path(f).read_text(encoding="utf-8")) for f in o.show]))
             return 0
+        parts = primitives(o) if o.flower else []
         found = measure(o)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -306,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         "paper_bytes": paper_bytes(o.clients, o.dim, value_bits),
         "expansion": 8 * sent / (o.dim * value_bits),
         "paper_expansion": expansion(*PAPER),
-        "primitives": primitives(o) if o.flower else [],
+        "primitives": parts,
         "cores": len(os.sched_getaffinity(0)),
         "versions": document.versions(),
     }

@@ -76,6 +76,15 @@ def test_impossible_sessions_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_flowers_primitives_are_timed_beside_ours_or_their_absence_is_told(capsys):
+    code = speed.main(["--clients", "3", "--dim", "50", "--flower", "--json"])
+    said = capsys.readouterr()
+    if code == 2:
+        assert "flower must be installed" in said.err
+    else:
+        assert len(json.loads(said.out)["primitives"]) == 4
+
+
 def cell(model, n, psnr):
     values = {
         "psnr_db": [[psnr] * n] * 5,
