@@ -27,7 +27,7 @@ class MPC(SecureAggregation):
     """
 
     name: ClassVar[str] = "mpc"
-    input_round: ClassVar[int] = 0
+    input_round: ClassVar[int] = 1
     servers: int = 2
     readers: int | None = None
 

@@ -173,6 +173,10 @@ class Defense:
         """What the server learns of rows `[K, D]`; only where `hides_messages`."""
         return SecureSum(rows, ctx.weights @ rows, tuple(range(len(rows))))
 
+    def survivors(self, ctx: RoundContext) -> tuple[int, ...]:
+        """Positions of those who will be in this round's sum, as far as chance decides it beforehand."""
+        return tuple(range(len(ctx.clients)))
+
     def server(self, aggregate: Tensor, ctx: RoundContext) -> Tensor:
         """Aggregate `[D]` in, aggregate `[D]` out."""
         return aggregate
@@ -309,6 +313,13 @@ class DefenseStack:
             if d.hides_messages:
                 return d.secure_sum(rows, c)
         return Defense().secure_sum(rows, ctx)
+
+    def survivors(self, ctx: RoundContext) -> tuple[int, ...]:
+        """Positions of those who will be in this round's sum, where clients drop out by chance."""
+        for d, c in self._in(ctx):
+            if d.hides_messages:
+                return d.survivors(c)
+        return tuple(range(len(ctx.clients)))
 
     def server(self, total: Tensor, ctx: RoundContext) -> Tensor:
         """The aggregate `[D]` that the server releases."""

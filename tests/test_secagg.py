@@ -361,6 +361,23 @@ def test_a_round_that_is_given_up_is_charged_as_if_all_had_taken_part():
     assert federation.events_of(1, [3]) != everybody
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_round_will_cost_is_told_with_those_who_will_drop_out(protocol):
+    """A budget that stops before the round that would exceed it must count on their noise missing."""
+    noise = Clip(norm=1.0), DiscreteGaussian(noise_multiplier=2.0)
+    data = [tiny_examples(4, k) for k in range(9)]
+    t = task(*noise, protocol(dropout=0.3, threshold=0.2))
+    federation = Federation(t, data, tiny_examples(9), 1.0)
+    fewer = 0
+    for number in range(1, 7):
+        done = run_round(t, t.layout.row(t.model), range(9), data, number)
+        assert federation.events_of(number) == done.events
+        failed = [f.client for f in done.failures]
+        assert federation.events_of(number, failed) == done.events
+        fewer += bool(failed)
+    assert fewer >= 3
+
+
 def test_crafted_models_add_up_to_nothing_where_keys_are_bound_to_them():
     """Pasquini et al. 2022: all but the target receive a model under which their gradient is zero."""
     t = task(SecAgg())

@@ -47,7 +47,7 @@ class SecureAggregation(Defense):
 
     hides_messages: ClassVar[bool] = True
     input_round: ClassVar[int] = 2
-    """The round, from 0, in which clients send their masked inputs."""
+    """The last round, from 0, whose silence keeps a client out of the sum: that of the masked inputs."""
     aliases: ClassVar[Mapping[str, str]] = {
         "clients": "cohort",
         "range": "value_range",
@@ -133,6 +133,15 @@ class SecureAggregation(Defense):
             tuple(sorted(position[c] for c in played.survivors)),
             {position[c]: reason for c, reason in played.refused.items()},
         )
+
+    def survivors(self, ctx: RoundContext) -> tuple[int, ...]:
+        """Those who are there to send their inputs; all where too few would be, since such a round is charged
+        as if all were."""
+        silent = self._silent(ctx)
+        n = len(ctx.clients)
+        if n - len(silent) < self.survivors_needed(n):
+            return tuple(range(n))
+        return tuple(i for i, c in enumerate(ctx.clients) if silent.get(c, self.rounds) > self.input_round)
 
     def _encoded(
         self, rows: Tensor, counts: tuple[int, ...], encoding: FixedPoint, ctx: RoundContext

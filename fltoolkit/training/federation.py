@@ -84,14 +84,19 @@ class Federation:
         do, as when a secure sum is given up."""
         everybody = self.cohort(number)
         cohort = [c for c in everybody if c not in failed] or everybody
+        if not failed:  # who drops out by chance can be told beforehand
+            keep = self.task.stack.survivors(self._context(number, cohort))
+            cohort = [cohort[i] for i in keep]
+        return round_events(self.task, self._context(number, cohort), [len(self.clients[c]) for c in cohort])
+
+    def _context(self, number: int, cohort: Sequence[int]) -> RoundContext:
         sizes = [len(self.clients[c]) for c in cohort]
         sampling = cohort_sampling(len(self.clients), self.fraction, self.sampling)
         n = counts(self.task, sampling, sizes)
         poisson = sampling.kind == "poisson"
         weights = n / (sampling.rate * sampling.population if poisson else n.sum())
         local = Local(self.task.model, torch.empty(0), self.task.loss, self.task.layout)
-        ctx = RoundContext(self.task.seed, number, tuple(cohort), weights, sampling=sampling, local=local)
-        return round_events(self.task, ctx, sizes)
+        return RoundContext(self.task.seed, number, tuple(cohort), weights, sampling=sampling, local=local)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def run_round(
     is zero, nobody is in it, and its events are still those of all. meddling: what a malicious server does.
     Raises InputError where the task says to stop on failure, and where every client failed.
     """
+    if sampling == EVERYBODY:  # those who drop out later were counted on
+        sampling = replace(sampling, population=len(cohort))
     fold = _Fold(task, params, clients, number, witnessed, sampling, memory, meddling)
     at_once = max(1, CHUNK_BYTES // (params.numel() * params.element_size()))
     for a in range(0, len(cohort), at_once):
