@@ -178,6 +178,8 @@ def test_cells_of_one_setting_share_a_run(cell, tmp_path):
     """The same setting in another table; a higher target that neither reaches; not one that was reached."""
     effort = run.Effort(budget=40, resolution=1)
     run.run_cell(cell, effort, tmp_path / "a", silent)
+    for name, text in (("broken", "{"), ("list", "[]"), ("other", '{"schema": "other"}')):
+        (tmp_path / "a" / f"{name}.json").write_text(text)  # none of these is a cell
     twin = run.run_cell(replace(cell, id="d", paper_rounds=7), effort, tmp_path / "b", silent)
     assert (twin["shared_with"], twin["paper_rounds"], twin["cell"]["id"]) == ("a/c.json", 7, "d")
     first = json.loads((tmp_path / "a" / "c.json").read_text(encoding="utf-8"))

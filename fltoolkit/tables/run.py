@@ -123,7 +123,10 @@ def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | Non
     """The result of another cell of the same effort, in this table or one beside it, that is the same run:
     with the same target, or a target that neither reaches."""
     for path in sorted(folder.parent.glob("*/*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
         if not isinstance(found, dict) or found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
             continue
         differs = {k for k, v in cell.setting().items() if found["cell"][k] != v}
