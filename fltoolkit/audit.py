@@ -97,8 +97,8 @@ class Stage:
         wanted = [d.wanted_cohort for d in named if d.wanted_cohort is not None]
         self.clients: int = scene.clients or (wanted[0] if wanted else 1)
         self.stack = registry.make_stack(named)
-        for cohort in self.threat.cohorts(self.clients):
-            registry.make_stack(named, len(cohort))
+        for size in {len(cohort) for cohort in self.threat.cohorts(self.clients)}:
+            registry.make_stack(named, size)
         self.data = load(scene.data) if isinstance(scene.data, str) else scene.data
         check_searchable(self.data)
         needed, have = self.clients * scene.batch, len(self.data.train)
@@ -169,16 +169,15 @@ class Stage:
         outcomes, public = self.play(victim, again)
         transcripts = [o.transcript for o in outcomes if o.transcript is not None]
         events = outcomes[-1].events
-        hidden = self.stack.hides_messages
         if len(transcripts) < len(outcomes):
             stopped = next(o for o in outcomes if o.transcript is None)
-            return Look(None, self.private(victim)[0], events, hidden, _reason(stopped))
+            return Look(None, self.private(victim)[0], events, _reason(stopped))
         mixed = self.threat.members(transcripts[0], 0)
         if not mixed:
-            return Look(None, self.private(victim)[0], events, hidden, "the target dropped out")
+            return Look(None, self.private(victim)[0], events, "the target dropped out")
         seen = self.threat.observe_all(transcripts, self.clients, public)
-        messages = transcripts[0].messages if hidden else None
-        return Look(seen, truth_of(transcripts[0], mixed), events, hidden, messages=messages)
+        messages = transcripts[0].messages if self.stack.hides_messages else None
+        return Look(seen, truth_of(transcripts[0], mixed), events, messages=messages)
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,6 @@ class Look:
     observation: Observation | None
     truth: Examples
     events: tuple[PrivacyEvent, ...]
-    hidden: bool
     stopped: str = ""
     messages: Tensor | None = None
 
@@ -204,13 +202,18 @@ def run(scene: Scene, progress: Progress = silent) -> Result:
     """Play every victim's rounds, attack what the adversary saw, and score it. Raises InputError first
     where the scene is impossible."""
     stage = Stage(scene)
-    looks = [stage.look(v) for v in range(scene.victims)]
+    return attacked(stage, [stage.look(v) for v in range(scene.victims)], progress)
+
+
+def attacked(stage: Stage, looks: Sequence[Look], progress: Progress = silent) -> Result:
+    """Attack what the adversary saw of each victim, and score it."""
+    scene = stage.scene
     seen = [(v, look.observation) for v, look in enumerate(looks) if look.observation is not None]
     rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v, _ in seen]
     begun = time.perf_counter()
-    attacked = stage.attack.many([o for _, o in seen], rngs, progress) if seen else []
+    recovered = stage.attack.many([o for _, o in seen], rngs, progress) if seen else []
     seconds = time.perf_counter() - begun
-    found = dict(zip((v for v, _ in seen), attacked, strict=True))
+    found = dict(zip((v for v, _ in seen), recovered, strict=True))
     mean_image, data = stage.data.train.x.mean(0), stage.data
     scored = tuple(
         score(
@@ -222,12 +225,13 @@ def run(scene: Scene, progress: Progress = silent) -> Result:
         )
         for v, look in enumerate(looks)
     )
-    budget = Budget(looks[0].hidden, scene.delta, rounds=[looks[0].events])
+    budget = Budget(stage.stack.hides_messages, scene.delta, rounds=[looks[0].events])
     return Result(_report(stage, scored, budget, seconds), scored, stage.data.input_range)
 
 
 def _reason(outcome: Outcome) -> str:
-    return "; ".join(sorted({f"client {f.client} {f.reason}" for f in outcome.failures})[:1])
+    first = outcome.failures[0]
+    return f"client {first.client} {first.reason}"
 
 
 def _threat_of(attack: Attack, threat: str | ThreatModel | None) -> ThreatModel:

@@ -298,6 +298,15 @@ def test_who_drops_out_follows_from_the_seed_and_the_chance_is_as_asked():
     assert set(rounds) == {0, 1, 2, 3}
 
 
+def test_who_is_ignored_is_out_whenever_chance_would_have_silenced_it():
+    everybody = frozenset(range(10, 30))
+    for number in range(20):
+        ctx = context([1] * 20, number, meddling=Meddling(ignored=everybody))
+        silent = SecAgg(dropout=0.5)._silent(ctx)
+        assert silent.keys() == everybody
+        assert max(silent.values()) == SecAgg.input_round
+
+
 def test_below_the_threshold_nobody_survives_and_nothing_is_told():
     left = SecAgg(dropout=0.9, threshold=0.9).secure_sum(rows(10, 5), context([1] * 10))
     assert left.survivors == ()

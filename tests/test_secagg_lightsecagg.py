@@ -231,17 +231,28 @@ def test_shares_for_others_than_all_peers_cost_their_sender_only(rows):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_whatever_arrives_is_refused_by_name(data):
+def test_whatever_arrives_is_refused_by_name_and_leaves_no_trace(data):
+    """Any body behind a good header: it is taken, or its receiver raises a ProtocolError and nothing else,
+    keeps nothing of it, and a client that has refused says no more."""
     play = Play(4, needed=3, private=1)
     number = data.draw(st.integers(0, 3))
     message = play.until(number)[20]
     answer = bytes(play.clients[20].reply(message))
     body = data.draw(st.binary(max_size=300))
-    for party in (play.server.receive, lambda _, m: play.clients[21].reply(m)):
-        try:
-            party(20, (answer if party == play.server.receive else message)[:HEADER_BYTES] + body)
-        except ProtocolError:
-            continue
+    try:
+        play.server.receive(20, answer[:HEADER_BYTES] + body)
+    except ProtocolError:
+        assert 20 not in play.server._answered
+        play.server.receive(20, answer)
+    assert play.server._answered == {20}
+    client = play.clients[21]
+    try:
+        client.reply(message[:HEADER_BYTES] + body)
+    except ProtocolError:
+        with pytest.raises(OutOfOrder, match="client 21 has refused a message"):
+            client.reply(message)
+    else:
+        assert client._round == number + 1
 
 
 def test_shares_of_strangers_are_refused():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fltoolkit.audit import Look, Stage, run
+from fltoolkit.audit import Look, Stage, attacked
 from fltoolkit.regression.baseline import Case
 
 
@@ -48,11 +48,10 @@ METRICS = {
 def measure(case: Case, seed: int, **objects: Any) -> dict[str, list[float]]:
     """Values by metric, one a victim. objects: see `Case.scene`. Raises InputError where the case is
     impossible."""
-    scene = case.scene(seed, **objects)
-    found = run(scene)
-    values = {"psnr_db": [float(v.psnr.mean()) for v in found.victims]}
-    stage = Stage(scene)
+    stage = Stage(case.scene(seed, **objects))
     pairs = [(stage.look(v), stage.look(v, again=1)) for v in range(case.victims)]
+    found = attacked(stage, [first for first, _ in pairs])
+    values = {"psnr_db": [float(v.psnr.mean()) for v in found.victims]}
     values["sent_norm"] = [_of(a, lambda u: float(torch.linalg.vector_norm(u.double()))) for a, _ in pairs]
     values["noise_std"] = [_noise(a, b) for a, b in pairs]
     if stage.stack.hides_messages:

@@ -163,7 +163,9 @@ class SecureAggregation(Defense):
             for c, (chance, when) in zip(ctx.clients, draw, strict=True)
             if chance < self.dropout
         }
-        return dict.fromkeys(ctx.meddling.ignored, self.input_round) | silent
+        for client in ctx.meddling.ignored:
+            silent[client] = min(silent.get(client, self.rounds), self.input_round)
+        return silent
 
 
 def digests(ctx: RoundContext) -> dict[int, bytes]:

@@ -30,7 +30,8 @@ class KeyPair:
     """An X25519 key pair; `private` fixes it, as when a server rebuilds one from shares."""
 
     def __init__(self, private: bytes | None = None) -> None:
-        self._key = X25519PrivateKey.generate() if private is None else _private(private)
+        make = X25519PrivateKey
+        self._key = make.generate() if private is None else make.from_private_bytes(private)
         self.public = self._key.public_key().public_bytes_raw()
 
     @property
@@ -84,7 +85,3 @@ def verify(public: bytes, message: bytes, signature: bytes) -> None:
 def commitment(secret: bytes, context: bytes) -> bytes:
     """A hash that fixes a random secret of 256 bits and does not tell it."""
     return sha256(b"fltoolkit secagg commitment v1|" + context + b"|" + secret).digest()
-
-
-def _private(raw: bytes) -> X25519PrivateKey:
-    return X25519PrivateKey.from_private_bytes(raw)

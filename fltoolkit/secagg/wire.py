@@ -51,8 +51,8 @@ class Wire:
 
         Raises Malformed, Replayed (of another session), OutOfOrder (of another round or sender) or Forged.
         """
-        if len(data) < _HEADER.size:
-            raise Malformed(f"a message must have at least {_HEADER.size} bytes, got {len(data)}")
+        if len(data) < HEADER_BYTES:
+            raise Malformed(f"a message must have at least {HEADER_BYTES} bytes, got {len(data)}")
         magic, version, its_round, session, its_sender = _HEADER.unpack_from(data)
         if (magic, version) != (_MAGIC, _VERSION):
             raise Malformed(f"a message must begin with {_MAGIC!r} and version {_VERSION}")
@@ -63,14 +63,14 @@ class Wire:
                 f"a message must be of round {number} and sender {sender}, got {its_round} and {its_sender}"
             )
         if sender == SERVER or self.verifiers is None:
-            return memoryview(data)[_HEADER.size :]
+            return memoryview(data)[HEADER_BYTES:]
         return self._verified(data, sender)
 
     def _verified(self, data: bytes | bytearray, sender: int) -> memoryview:
-        if len(data) < _HEADER.size + SIGNATURE_BYTES:
+        if len(data) < HEADER_BYTES + SIGNATURE_BYTES:
             raise Malformed("a client's message must be signed in this session")
         self.vouch(sender, bytes(data[:-SIGNATURE_BYTES]), bytes(data[-SIGNATURE_BYTES:]))
-        return memoryview(data)[_HEADER.size : -SIGNATURE_BYTES]
+        return memoryview(data)[HEADER_BYTES:-SIGNATURE_BYTES]
 
     def vouch(self, client: int, signed: bytes, signature: bytes) -> None:
         """Raises Forged unless `client` signed these bytes."""
@@ -101,8 +101,4 @@ def unpack_records(kind: np.dtype, body: bytes | memoryview) -> dict[int, tuple[
         raise Malformed("records must be in ascending order of clients, each once")
     names = [n for n in kind.names or () if n != "id"]
     columns = [[bytes(v) for v in found[n]] for n in names]
-    return (
-        dict(zip(ids.tolist(), zip(*columns, strict=True), strict=True))
-        if names
-        else dict.fromkeys(ids.tolist(), ())
-    )
+    return dict(zip(ids.tolist(), zip(*columns, strict=True), strict=True))
