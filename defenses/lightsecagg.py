@@ -16,8 +16,7 @@ import numpy as np
 
 from fltoolkit.defense import RoundContext
 from fltoolkit.errors import require
-from fltoolkit.secagg import session
-from fltoolkit.secagg.defense import Played, SecureAggregation, digests
+from fltoolkit.secagg.defense import Played, SecureAggregation, digests, play_session
 from fltoolkit.secagg.lightsecagg import ROUNDS, WORD, Client, Server, Terms
 from fltoolkit.secagg.prime_field import PRIME
 from fltoolkit.secagg.wire import SESSION_BYTES, Wire
@@ -55,12 +54,5 @@ class LightSecAgg(SecureAggregation):
         terms = Terms(Wire(token_bytes(SESSION_BYTES)), ctx.clients, needed, private, dim)
         told = digests(ctx)
         clients = {c: Client(c, words[c], terms, told[c]) for c in ctx.clients}
-        sent: dict[int, np.ndarray] = {}
-
-        def watch(number: int, client: int, message: bytes | bytearray) -> None:
-            if number == self.input_round:
-                sent[client] = np.frombuffer(terms.wire.unpack(message, number, client), WORD)
-
-        record = session.run(Server(terms), clients, silent, watch=watch if ctx.witnessed else None)
-        refused = {c: f"{type(e).__name__}: {e}" for c, e in record.refused.items()}
-        return Played(record.total, record.survivors, sent, refused)
+        read = (lambda body: np.frombuffer(body, WORD)) if ctx.witnessed else None
+        return play_session(Server(terms), clients, silent, read)

@@ -19,10 +19,10 @@ from fltoolkit.defense import RoundContext
 from fltoolkit.errors import InputError, require
 from fltoolkit.noise import numpy_generator
 from fltoolkit.rng import torch_stream
-from fltoolkit.secagg import bonawitz, session
+from fltoolkit.secagg import bonawitz
 from fltoolkit.secagg.bonawitz_client import Client
 from fltoolkit.secagg.bonawitz_server import Server
-from fltoolkit.secagg.defense import Played, SecureAggregation, digests
+from fltoolkit.secagg.defense import Played, SecureAggregation, digests, play_session
 from fltoolkit.secagg.graph import Graph, complete, harary, parameters
 from fltoolkit.secagg.keys import Signer
 from fltoolkit.secagg.wire import SESSION_BYTES, Wire
@@ -87,17 +87,9 @@ class SecAgg(SecureAggregation):
         terms = self.terms(ctx, len(next(iter(words.values()))), verifiers)
         told = digests(ctx) if self.bind else dict.fromkeys(ctx.clients, b"")
         clients = {c: Client(c, words[c], terms, told[c], signers.get(c)) for c in ctx.clients}
-        sent: dict[int, np.ndarray] = {}
-
-        def watch(number: int, client: int, message: bytes | bytearray) -> None:
-            if number == self.input_round:
-                body = terms.wire.unpack(message, number, client)
-                sent[client] = unpack(body, terms.dim, terms.bits)
-
         server = Server(terms, told[ctx.clients[0]], self.workers)
-        record = session.run(server, clients, silent, self.workers, watch if ctx.witnessed else None)
-        refused = {c: f"{type(e).__name__}: {e}" for c, e in record.refused.items()}
-        return Played(record.total, record.survivors, sent, refused)
+        read = (lambda body: unpack(body, terms.dim, terms.bits)) if ctx.witnessed else None
+        return play_session(server, clients, silent, read, self.workers)
 
     def terms(
         self, ctx: RoundContext, dim: int, verifiers: Mapping[int, bytes] | None = None

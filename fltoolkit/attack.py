@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from fltoolkit.threat import ThreatModel
 from fltoolkit.types import Observation, Reconstruction
@@ -49,6 +50,12 @@ class Attack:
             progress(i, len(observations), "victims done")
             found.append(self(observation, rng))
         return found
+
+
+def grey(x: Tensor, y: Tensor, input_range: tuple[float, float], note: str) -> Reconstruction:
+    """The guess of an adversary that saw nothing: middle grey in the shape of `x`, class 0 in that of `y`."""
+    middle = torch.full_like(x, sum(input_range) / 2)
+    return Reconstruction(middle, torch.zeros_like(y), float("inf"), note=note)
 
 
 Item = TypeVar("Item")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit import models, registry
-from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.attack import Attack, Progress, grey, silent
 from fltoolkit.data import Dataset, load
 from fltoolkit.defense import Defense
 from fltoolkit.errors import InputError, require, unknown
@@ -191,12 +191,6 @@ class Look:
     stopped: str = ""
     messages: Tensor | None = None
 
-    def guess(self, input_range: tuple[float, float]) -> Reconstruction:
-        """What is left to an adversary that saw nothing: grey."""
-        grey = torch.full_like(self.truth.x, sum(input_range) / 2)
-        note = f"stopped: {self.stopped}"
-        return Reconstruction(grey, torch.zeros_like(self.truth.y), float("inf"), note=note)
-
 
 def run(scene: Scene, progress: Progress = silent) -> Result:
     """Play every victim's rounds, attack what the adversary saw, and score it. Raises InputError first
@@ -217,7 +211,7 @@ def attacked(stage: Stage, looks: Sequence[Look], progress: Progress = silent) -
     mean_image, data = stage.data.train.x.mean(0), stage.data
     scored = tuple(
         score(
-            found.get(v) or look.guess(data.input_range),
+            found.get(v) or grey(look.truth.x, look.truth.y, data.input_range, f"stopped: {look.stopped}"),
             look.truth,
             mean_image,
             data.input_range,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.attack import Attack, Progress, grey, silent
 from fltoolkit.registry import make_attack
 from fltoolkit.types import Observation, Reconstruction
 
@@ -48,7 +48,6 @@ def _with(found: Reconstruction, words: str) -> Reconstruction:
 
 def _nothing(observation: Observation, words: str) -> Reconstruction:
     """Grey images, where no update was exposed."""
-    low, high = observation.input_range
     n = observation.per_client
-    x = torch.full((n, *observation.input_shape), (low + high) / 2)
-    return Reconstruction(x, torch.zeros(n, dtype=torch.long), float("inf"), note=words, adaptation=words)
+    x, y = torch.empty(n, *observation.input_shape), torch.empty(n, dtype=torch.long)
+    return replace(grey(x, y, observation.input_range, words), adaptation=words)

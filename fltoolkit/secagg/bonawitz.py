@@ -82,7 +82,3 @@ class Terms:
     @cached_property
     def _points(self) -> dict[int, int]:
         return {c: i for i, c in enumerate(self.graph.members, 1)}
-
-    def context(self, broadcast: bytes, *clients: int) -> bytes:
-        """What keys are bound to: session, broadcast as the deriving client received it, both ends."""
-        return b"|".join([self.wire.session, broadcast, *(b"%d" % c for c in clients)])

@@ -66,7 +66,7 @@ class Client(parties.Client):
         if self.terms.signed:
             for peer, (cipher, mask, signature) in self._peers.items():
                 self.wire.vouch(peer, self.wire.pack(0, peer, cipher + mask), signature)
-        return commitment(self._seed, self.terms.context(b"", self.identity)) + self._sealed_shares()
+        return commitment(self._seed, self.wire.context(b"", self.identity)) + self._sealed_shares()
 
     def _sealed_shares(self) -> bytes:
         terms = self.terms
@@ -169,4 +169,4 @@ class Client(parties.Client):
         return self._cipher.agree(self._peers[peer][0], CIPHER, context)
 
     def _context(self, *clients: int) -> bytes:
-        return self.terms.context(self._broadcast, *clients)
+        return self.wire.context(self._broadcast, *clients)

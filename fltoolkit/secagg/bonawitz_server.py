@@ -126,7 +126,7 @@ class Server(parties.Server):
 
     def _own_mask(self, survivor: int) -> tuple[bytes, bool]:
         secret = self._secret(survivor)
-        if commitment(secret, self.terms.context(b"", survivor)) != self._commitments[survivor]:
+        if commitment(secret, self.wire.context(b"", survivor)) != self._commitments[survivor]:
             raise Forged(f"shares must give the mask's seed that client {survivor} committed to")
         return secret[:SEED_BYTES], True
 
@@ -141,7 +141,7 @@ class Server(parties.Server):
             raise Forged(f"shares must give the private key of client {gone}")
         found = []
         for v in near:
-            context = self.terms.context(self._broadcast, *sorted((gone, v)))
+            context = self.wire.context(self._broadcast, *sorted((gone, v)))
             found.append((key.agree(self._keys[v][1], PAIR, context, SEED_BYTES), v < gone))
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import ceil
@@ -16,8 +16,10 @@ from torch import Tensor
 from fltoolkit.defense import Defense, RoundContext, SecureSum
 from fltoolkit.errors import InputError, require
 from fltoolkit.noise import numpy_generator
+from fltoolkit.secagg import session
 from fltoolkit.secagg.errors import TooFew
 from fltoolkit.secagg.fixed_point import FixedPoint
+from fltoolkit.secagg.parties import Client, Server
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -166,6 +168,25 @@ class SecureAggregation(Defense):
         for client in ctx.meddling.ignored:
             silent[client] = min(silent.get(client, self.rounds), self.input_round)
         return silent
+
+
+def play_session(
+    server: Server,
+    clients: Mapping[int, Client],
+    silent: Mapping[int, int],
+    read: Callable[[memoryview], np.ndarray] | None,
+    workers: int = 1,
+) -> Played:
+    """Run a session to its end. read: a masked input from its bytes; None where nobody looks on."""
+    sent: dict[int, np.ndarray] = {}
+
+    def watch(number: int, client: int, message: bytes | bytearray) -> None:
+        if read is not None and number == SecureAggregation.input_round:
+            sent[client] = read(server.wire.unpack(message, number, client))
+
+    record = session.run(server, clients, silent, workers, watch)
+    refused = {c: f"{type(e).__name__}: {e}" for c, e in record.refused.items()}
+    return Played(record.total, record.survivors, sent, refused)
 
 
 def digests(ctx: RoundContext) -> dict[int, bytes]:

@@ -65,9 +65,6 @@ class Terms:
     def point(self, client: int) -> int:
         return self.members.index(client) + 1
 
-    def context(self, broadcast: bytes, *clients: int) -> bytes:
-        return b"|".join([self.wire.session, broadcast, *(b"%d" % c for c in clients)])
-
     def words(self, body: bytes | memoryview, size: int) -> np.ndarray:
         """Words below the prime; raises Malformed where there are not `size` of them."""
         if len(body) != size * WORD.itemsize:
@@ -112,7 +109,7 @@ class Client(parties.Client):
             if holder == self.identity:
                 self._held[holder] = share.astype(np.uint64)
             else:
-                context = terms.context(self._broadcast, self.identity, holder)
+                context = self.wire.context(self._broadcast, self.identity, holder)
                 sealed[holder] = (seal(self._channel(holder, context), share.tobytes(), context),)
         return pack_records(terms.sealed, sealed)
 
@@ -123,7 +120,7 @@ class Client(parties.Client):
         if not set(given) <= set(self._peers):
             raise Inconsistent("shares must be those of peers whose keys are known")
         for peer, (sealed,) in given.items():
-            context = self.terms.context(self._broadcast, peer, self.identity)
+            context = self.wire.context(self._broadcast, peer, self.identity)
             try:
                 share = unseal(self._channel(peer, context), sealed, context)
                 self._held[peer] = self.terms.words(share, self.terms.size)

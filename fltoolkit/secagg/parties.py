@@ -55,7 +55,8 @@ class Client(ABC):
 
 
 class Server(ABC):
-    """A server: takes one answer of each client that it asked, and goes on with those who answered."""
+    """A server: takes one answer of each client that it asked, and goes on with those who answered. rounds:
+    their names. survivors: the clients in the sum, known at the end."""
 
     def __init__(self, wire: Wire, members: Sequence[int], rounds: Sequence[str]) -> None:
         self.wire, self.members, self.rounds = wire, tuple(members), tuple(rounds)
@@ -71,6 +72,10 @@ class Server(ABC):
     @abstractmethod
     def needed(self) -> int:
         """How many must answer in the current round."""
+
+    @abstractmethod
+    def total(self) -> np.ndarray:
+        """The sum `[D]` of the survivors' words, after the last round."""
 
     def opening(self) -> dict[int, bytes]:
         """The first message to each client."""

@@ -11,43 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
 
 import numpy as np
 
 from fltoolkit.secagg.errors import ProtocolError
-
-
-class Client(Protocol):
-    """One client of one session."""
-
-    def reply(self, message: bytes) -> bytes | bytearray:
-        """The answer to the server's message of the current round. Raises ProtocolError where the message is
-        refused; the client then answers nothing any more."""
-
-
-class Server(Protocol):
-    """The server of one session. rounds: their names. survivors: the clients in the sum, known at the end."""
-
-    @property
-    def rounds(self) -> Sequence[str]: ...
-
-    @property
-    def survivors(self) -> tuple[int, ...]: ...
-
-    def opening(self) -> dict[int, bytes]:
-        """The first message to each client."""
-
-    def receive(self, client: int, message: bytes | bytearray) -> None:
-        """Take in one answer in the current round. Raises ProtocolError, and keeps nothing of it, where it
-        is refused."""
-
-    def close(self) -> dict[int, bytes]:
-        """End the round: the next message to each client still counted on; none after the last round.
-        Raises TooFew where too few are left; nothing more is then sent or revealed."""
-
-    def total(self) -> np.ndarray:
-        """The sum `[D]` of the survivors' words, after the last round."""
+from fltoolkit.secagg.parties import Client, Server
 
 
 @dataclass

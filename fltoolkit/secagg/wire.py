@@ -34,6 +34,10 @@ class Wire:
     session: bytes
     verifiers: Mapping[int, bytes] | None = None
 
+    def context(self, broadcast: bytes, *clients: int) -> bytes:
+        """What keys are bound to: session, broadcast as the deriving client received it, both ends."""
+        return b"|".join([self.session, broadcast, *(b"%d" % c for c in clients)])
+
     def pack(self, number: int, sender: int, body: bytes | memoryview, signer: Signer | None = None) -> bytes:
         """The message of `sender` in round `number`."""
         data = b"".join((self._header(number, sender), body))
