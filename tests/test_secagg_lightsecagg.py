@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from secagg_play import Rounds, Saboteur, changed
 
 from fltoolkit.errors import InputError
 from fltoolkit.secagg import lightsecagg, session
@@ -33,32 +34,16 @@ from fltoolkit.secagg.wire import HEADER_BYTES, SERVER, Wire, pack_records
 MASKED = 2
 
 
-class Play:
+class Play(Rounds):
     def __init__(self, n, needed=None, private=None, dim=5, seed=0):
         members = tuple(range(20, 20 + n))
         needed = needed or n // 2 + 1
         private = min(needed - 1, n // 3) if private is None else private
         self.terms = Terms(Wire(bytes(range(16))), members, needed, private, dim)
         rng = np.random.default_rng(seed)
-        self.words = {c: rng.integers(0, PRIME, dim, dtype=np.uint64) for c in members}
-        self.clients = {c: Client(c, self.words[c], self.terms) for c in members}
-        self.server = Server(self.terms)
-
-    def run(self, silent=None, **options):
-        return session.run(self.server, self.clients, silent, **options)
-
-    def until(self, number):
-        inbox = self.server.opening()
-        for _ in range(number):
-            for c in inbox:
-                self.server.receive(c, self.clients[c].reply(inbox[c]))
-            inbox = self.server.close()
-        return inbox
-
-    def expected(self, clients):
-        return [
-            sum(column) % PRIME for column in zip(*(self.words[c].tolist() for c in clients), strict=True)
-        ]
+        words = {c: rng.integers(0, PRIME, dim, dtype=np.uint64) for c in members}
+        clients = {c: Client(c, words[c], self.terms) for c in members}
+        super().__init__(Server(self.terms), clients, words, PRIME)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,18 +147,6 @@ def test_a_client_answers_for_one_set_of_survivors_that_is_large_enough():
         play.clients[22].reply(told({20, 21, 22, 23}))
 
 
-def changed(message, how):
-    if how == "truncated":
-        return message[:-1]
-    if how == "empty":
-        return b""
-    if how == "other session":
-        return message[:6] + bytes(16) + message[22:]
-    if how == "other round":
-        return message[:5] + bytes([message[5] + 1]) + message[6:]
-    return message[:32] + b"\xff" * (len(message) - 32)
-
-
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize(
     ("how", "error"),
@@ -186,13 +159,8 @@ def changed(message, how):
 )
 def test_what_is_not_a_clients_message_costs_that_client_only(number, how, error):
     play = Play(6, needed=4, private=2)
-
-    class Bad:
-        def reply(self, message, inner=play.clients[20]):
-            answer = inner.reply(message)
-            return changed(answer, how) if inner._round == number + 1 else answer
-
-    record = session.run(play.server, {**play.clients, 20: Bad()})
+    play.clients[20] = Saboteur(play.clients[20], number, how)
+    record = play.run()
     assert isinstance(record.refused[20], error)
     survivors = [c for c in play.clients if c != 20 or number > MASKED]
     assert record.total.tolist() == play.expected(survivors)

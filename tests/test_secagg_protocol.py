@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from secagg_play import Rounds, Saboteur, changed
 
 from fltoolkit.errors import InputError
 from fltoolkit.secagg import bonawitz, graph, session, shamir
@@ -35,7 +36,7 @@ SESSION = bytes(range(16))
 MASKED = 2  # the round in which inputs are sent
 
 
-class Play:
+class Play(Rounds):
     """A session whose parties can be looked at: inputs are random words, clients numbered 10, 11, ..."""
 
     def __init__(self, n, dim=5, bits=32, threshold=None, least=None, degree=None, signed=False, seed=0):
@@ -46,29 +47,9 @@ class Play:
         wire = Wire(SESSION, {c: s.public for c, s in signers.items()} if signed else None)
         net = graph.harary(members, degree, rng) if degree else graph.complete(members)
         self.terms = bonawitz.Terms(wire, net, threshold, least or threshold, dim, bits)
-        self.words = {
-            c: reduce(rng.integers(0, 2**64, dim, np.uint64).astype(word(bits)), bits) for c in members
-        }
-        self.clients = {c: Client(c, self.words[c], self.terms, b"", signers.get(c)) for c in members}
-        self.server = Server(self.terms)
-        self.signers = signers
-
-    def run(self, silent=None, workers=1, watch=None):
-        return session.run(self.server, self.clients, silent, workers, watch)
-
-    def until(self, number):
-        """Play the rounds before `number`; the messages that open it."""
-        inbox = self.server.opening()
-        for _ in range(number):
-            for c in inbox:
-                self.server.receive(c, self.clients[c].reply(inbox[c]))
-            inbox = self.server.close()
-        return inbox
-
-    def expected(self, clients):
-        """The sum in Python's own integers."""
-        columns = zip(*(self.words[c].tolist() for c in clients), strict=True)
-        return [sum(column) % 2**self.terms.bits for column in columns]
+        words = {c: reduce(rng.integers(0, 2**64, dim, np.uint64).astype(word(bits)), bits) for c in members}
+        clients = {c: Client(c, words[c], self.terms, b"", signers.get(c)) for c in members}
+        super().__init__(Server(self.terms), clients, words, 2**bits)
 
 
 # --- exact sums -----------------------------------------------------------------------------------------
@@ -239,24 +220,6 @@ def test_a_signing_client_accepts_no_key_that_its_peer_did_not_sign():
         play.clients[10].reply(bytes(body))
 
 
-def changed(message, how):
-    if how == "truncated":
-        return message[:-1]
-    if how == "longer":
-        return message + b"\0"
-    if how == "empty":
-        return b""
-    if how == "flipped":
-        return message[:-3] + bytes([message[-3] ^ 1]) + message[-2:]
-    if how == "other session":
-        return message[:6] + bytes(16) + message[22:]
-    if how == "other round":
-        return message[:5] + bytes([message[5] + 1]) + message[6:]
-    if how == "other sender":
-        return message[:22] + (11).to_bytes(4, "little") + message[26:]
-    return b"????" + message[4:]
-
-
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize(
@@ -278,14 +241,8 @@ def test_what_is_not_a_clients_message_costs_that_client_only(signed, number, ho
     if how == "flipped" and not signed:
         pytest.skip("without signatures the channel vouches for its messages")
     number += signed and number == 3  # the unmasking
-
-    class Bad:
-        def reply(self, message, inner=play.clients[10]):
-            answer = inner.reply(message)
-            return changed(answer, how) if inner._round == number + 1 else answer
-
-    clients = {**play.clients, 10: Bad()}
-    record = session.run(play.server, clients)
+    play.clients[10] = Saboteur(play.clients[10], number, how)
+    record = play.run()
     assert isinstance(record.refused[10], error)
     survivors = [c for c in play.clients if c != 10 or number > MASKED]
     assert record.survivors == tuple(survivors)
