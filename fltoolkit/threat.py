@@ -5,6 +5,7 @@ docs/threat-models.md maps these to the models A-H of Carletti et al., USENIX Se
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ class Public:
     auxiliary: Examples | None = None
 
 
-class ThreatModel:
+class ThreatModel(ABC):
     """Base of all threat models: a name, one line about it, what it sends, and what it sees of its rounds."""
 
     name: ClassVar[str] = ""
@@ -42,17 +43,17 @@ class ThreatModel:
         """What it does to a round over `params [D]`; only a malicious server does anything."""
         return HONEST
 
+    @abstractmethod
     def observe(self, transcript: Transcript, target: int, public: Public) -> Observation:
         """The adversary's view of a round when it is after the cohort's member number `target`."""
-        raise NotImplementedError
 
     def observe_all(self, transcripts: Sequence[Transcript], clients: int, public: Public) -> Observation:
         """Its view of all its rounds, when it is after client 0 of `clients`."""
         return self.observe(transcripts[-1], 0, public)
 
+    @abstractmethod
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
         """Positions in the cohort of the clients whose data the observed update mixes; for scoring."""
-        raise NotImplementedError
 
 
 class CuriousServer(ThreatModel):
