@@ -11,6 +11,7 @@ import numpy as np
 
 from fltoolkit.defense import RoundContext
 from fltoolkit.errors import require
+from fltoolkit.metrics.traffic import Traffic
 from fltoolkit.secagg import mpc
 from fltoolkit.secagg.defense import Played, SecureAggregation
 from fltoolkit.secagg.prime_field import PRIME
@@ -65,4 +66,5 @@ class MPC(SecureAggregation):
         )
         done = mpc.run(words, terms, {c: range(number) for c, number in silent.items()})
         seen = {c: done.shares[c] for c in done.survivors} if ctx.witnessed else {}
-        return Played(done.total, done.survivors, seen, {})
+        traffic = Traffic(sum(done.sent.values()) / n, 0.0)
+        return Played(done.total, done.survivors, seen, {}, traffic)

@@ -1,44 +1,46 @@
 """One scene through the whole pipeline, from private data to a measured leak.
 
 `run(scene)` builds the round itself; `update(model, loss, update, spec)` attacks an update that came from
-anywhere else, such as a file or another framework's run.
+anywhere else, see `fltoolkit.outside`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fltoolkit import models, registry
-from fltoolkit.attack import Attack, Progress, grey, silent
+from fltoolkit.attack import Attack, Progress, silent
+from fltoolkit.checks import check_device, check_local, check_loss, check_searchable
 from fltoolkit.data import Dataset, load
 from fltoolkit.defense import Defense
 from fltoolkit.errors import InputError, require, unknown
+from fltoolkit.looking import Look, attack_looks, look, play, reason
 from fltoolkit.loss import cross_entropy
+from fltoolkit.outside import UpdateSpec, as_row, update
 from fltoolkit.report import document
 from fltoolkit.report.epsilon import epsilons
 from fltoolkit.rng import stream, torch_stream
-from fltoolkit.scoring import Scored, score, summarise, truth_of
+from fltoolkit.scoring import Scored, summarise
 from fltoolkit.threat import THREATS, Public, ThreatModel
 from fltoolkit.training.budget import Budget
-from fltoolkit.training.round import Memory, Outcome, run_round
+from fltoolkit.training.round import Outcome
 from fltoolkit.training.task import Task
 from fltoolkit.types import (
     Examples,
     Layout,
     LocalSpec,
     Loss,
-    Observation,
-    PrivacyEvent,
-    Reconstruction,
     Transcript,
 )
+
+__all__ = ["Look", "Result", "Scene", "Stage", "UpdateSpec", "as_row", "attacked", "run", "update"]
 
 
 @dataclass(frozen=True)
@@ -146,50 +148,20 @@ class Stage:
         seed = int(stream(scene.seed, "again", again).integers(2**31)) if again else scene.seed
         task = Task(model, scene.loss, scene.local, self.stack, seed)
         params, data, public = Layout.of(model).row(model), self.private(victim), task.public(self.data)
-        cohorts = self.threat.cohorts(self.clients)
-        memory: Memory = {}
-        outcomes = []
-        for i, cohort in enumerate(cohorts):
-            meddling = self.threat.meddling(params, cohort, public)
-            number = victim * len(cohorts) + i + 1
-            outcome = run_round(task, params, cohort, data, number, memory=memory, meddling=meddling)
-            memory = outcome.memory
-            outcomes.append(outcome)
-        return outcomes, public
+        first = victim * len(self.threat.cohorts(self.clients)) + 1
+        return play(task, params, data, self.threat, public, first), public
 
     def round(self, victim: int) -> tuple[Transcript, Public]:
         """The victim's first round; raises InputError where it came to nothing."""
         outcomes, public = self.play(victim)
         if outcomes[0].transcript is None:
-            raise InputError(f"a round must come to an end, got: {_reason(outcomes[0])}")
+            raise InputError(f"a round must come to an end, got: {reason(outcomes[0])}")
         return outcomes[0].transcript, public
 
     def look(self, victim: int, again: int = 0) -> Look:
         """What the adversary sees of the victim's rounds, and the truth behind it."""
         outcomes, public = self.play(victim, again)
-        transcripts = [o.transcript for o in outcomes if o.transcript is not None]
-        events = outcomes[-1].events
-        if len(transcripts) < len(outcomes):
-            stopped = next(o for o in outcomes if o.transcript is None)
-            return Look(None, self.private(victim)[0], events, _reason(stopped))
-        mixed = self.threat.members(transcripts[0], 0)
-        if not mixed:
-            return Look(None, self.private(victim)[0], events, "the target dropped out")
-        seen = self.threat.observe_all(transcripts, self.clients, public)
-        messages = transcripts[0].messages if self.stack.hides_messages else None
-        return Look(seen, truth_of(transcripts[0], mixed), events, messages=messages)
-
-
-@dataclass(frozen=True)
-class Look:
-    """observation: None where the rounds came to nothing, for the reason in `stopped`. messages: the masked
-    ones of the first round, where a secure sum hides them."""
-
-    observation: Observation | None
-    truth: Examples
-    events: tuple[PrivacyEvent, ...]
-    stopped: str = ""
-    messages: Tensor | None = None
+        return look(outcomes, self.threat, self.private(victim), public, self.stack.hides_messages)
 
 
 def run(scene: Scene, progress: Progress = silent) -> Result:
@@ -202,30 +174,12 @@ def run(scene: Scene, progress: Progress = silent) -> Result:
 def attacked(stage: Stage, looks: Sequence[Look], progress: Progress = silent) -> Result:
     """Attack what the adversary saw of each victim, and score it."""
     scene = stage.scene
-    seen = [(v, look.observation) for v, look in enumerate(looks) if look.observation is not None]
-    rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v, _ in seen]
+    rngs = [torch_stream(scene.seed, "victim", v, "attack", stage.attack.name) for v in range(len(looks))]
     begun = time.perf_counter()
-    recovered = stage.attack.many([o for _, o in seen], rngs, progress) if seen else []
+    scored = attack_looks(stage.attack, looks, rngs, stage.data, progress)
     seconds = time.perf_counter() - begun
-    found = dict(zip((v for v, _ in seen), recovered, strict=True))
-    mean_image, data = stage.data.train.x.mean(0), stage.data
-    scored = tuple(
-        score(
-            found.get(v) or grey(look.truth.x, look.truth.y, data.input_range, f"stopped: {look.stopped}"),
-            look.truth,
-            mean_image,
-            data.input_range,
-            data.num_classes,
-        )
-        for v, look in enumerate(looks)
-    )
     budget = Budget(stage.stack.hides_messages, scene.delta, rounds=[looks[0].events])
     return Result(_report(stage, scored, budget, seconds), scored, stage.data.input_range)
-
-
-def _reason(outcome: Outcome) -> str:
-    first = outcome.failures[0]
-    return f"client {first.client} {first.reason}"
 
 
 def _threat_of(attack: Attack, threat: str | ThreatModel | None) -> ThreatModel:
@@ -269,129 +223,6 @@ def _report(stage: Stage, scored: tuple[Scored, ...], budget: Budget, seconds: f
         "diagnoses": [list(f.diagnosis) for f in found],
         "versions": document.versions(),
     }
-
-
-@dataclass(frozen=True)
-class UpdateSpec:
-    """What the adversary knows of an update that came from outside.
-
-    num_examples: private examples behind it. input_shape: one input. kind: "delta" (w_k − w_t),
-    "gradient", or "weights" (w_k, the client's new parameters). local: E, B and η if known; without it a
-    delta is read as one step of size 1. clients: how many clients the update averages. defenses: the public
-    parameters of what was done to it, such as `{"name": "clip", "norm": 1.0}`. auxiliary: public data of the
-    same kind, for attacks that learn from it.
-    """
-
-    num_examples: int
-    input_shape: tuple[int, ...]
-    num_classes: int
-    input_range: tuple[float, float] = (0.0, 1.0)
-    kind: str = "delta"
-    local: LocalSpec | None = None
-    clients: int = 1
-    labels: Tensor | None = None
-    attack: str | Attack = "idlg"
-    seed: int = 0
-    defenses: Sequence[Mapping[str, Any]] = ()
-    auxiliary: Examples | None = None
-
-
-KINDS = ("delta", "gradient", "weights")
-
-
-def update(
-    model: nn.Module,
-    loss: Loss,
-    update: Tensor | Mapping[str, Tensor] | Sequence[Any],
-    spec: UpdateSpec,
-    progress: Progress = silent,
-) -> Reconstruction:
-    """Attack one update of `model`, whose current weights are those the client started from.
-
-    update: a row `[D]`, a mapping from parameter names, or arrays in the order of the trainable
-    parameters (what Flower calls NDArrays). Raises InputError where it does not fit the model.
-    """
-    require(spec.num_examples >= 1, "num_examples", ">= 1", spec.num_examples)
-    require(spec.clients >= 1, "clients", ">= 1", spec.clients)
-    require(spec.kind in KINDS, "kind", f"one of {KINDS}", spec.kind)
-    models.check_fits(model, spec.input_shape, spec.num_classes)
-    layout = Layout.of(model)
-    params = layout.row(model)
-    row = as_row(layout, update).to(params)
-    local = spec.local
-    if spec.kind == "weights":
-        row = row - params
-    elif spec.kind == "gradient":
-        row, local = -row, LocalSpec()
-    attack = registry.make_attack(spec.attack) if isinstance(spec.attack, str) else spec.attack
-    observation = Observation(
-        model=model,
-        loss=loss,
-        layout=layout,
-        params=params,
-        update=row,
-        clients=spec.clients,
-        num_examples=spec.num_examples,
-        input_shape=tuple(spec.input_shape),
-        input_range=spec.input_range,
-        num_classes=spec.num_classes,
-        local=local,
-        labels=spec.labels,
-        defenses=tuple(spec.defenses),
-        auxiliary=spec.auxiliary,
-    )
-    rng = torch_stream(spec.seed, "update", "attack", attack.name)
-    return attack.many([observation], [rng], progress)[0]
-
-
-def as_row(layout: Layout, update: Tensor | Mapping[str, Tensor] | Sequence[Any]) -> Tensor:
-    """An update in any of the accepted forms -> a row `[D]`; InputError names what does not fit."""
-    if isinstance(update, Tensor):
-        if update.shape != (layout.size,):
-            raise InputError(f"update must be a row of {layout.size} numbers, got {tuple(update.shape)}")
-        return update.detach().clone()
-    if not isinstance(update, Mapping):
-        if len(update) != len(layout.names):
-            raise InputError(f"update must hold {len(layout.names)} arrays, got {len(update)}")
-        update = dict(zip(layout.names, update, strict=True))
-    tensors = {n: torch.as_tensor(update[n]) for n in layout.names if n in update}
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if name not in tensors:
-            raise InputError(f"update must hold every trainable parameter, got none for {name!r}")
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(f"update of {name!r} must have shape {shape}, got {tuple(tensors[name].shape)}")
-    return layout.flatten(tensors).detach()
-
-
-def check_local(local: LocalSpec) -> None:
-    require(local.epochs >= 1, "epochs", ">= 1", local.epochs)
-    require(local.batch is None or local.batch >= 1, "local batch", ">= 1 or inf", local.batch)
-    require(np.isfinite(local.lr) and local.lr > 0, "lr", "a finite number > 0", local.lr)
-    require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
-    good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
-    require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
-
-
-def check_searchable(data: Dataset) -> None:
-    if data.tokens:
-        raise InputError(f"data must hold real numbers, such as pixels, to be attacked, got {data.name!r}")
-
-
-def check_loss(loss: Loss, num_classes: int) -> None:
-    """Refuse a loss that is already averaged: the round weighs examples itself."""
-    shape = tuple(loss(torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.long)).shape)
-    if shape != (2,):
-        raise InputError(
-            f"loss must give one value an example, shape (2,), got {shape}: use reduction='none'"
-        )
-
-
-def check_device(device: str) -> torch.device:
-    """The device, tried once so that one that is not there stops before work starts."""
-    try:
-        return torch.zeros((), device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device must be one that PyTorch can use here, got {device!r}: {e}") from e
 
 
 def make_threat(threat: str | ThreatModel) -> ThreatModel:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit.errors import InputError, require
+from fltoolkit.metrics.traffic import Traffic
 from fltoolkit.rng import Key, torch_stream
 from fltoolkit.types import HONEST, Examples, Layout, Loss, Meddling, PrivacyEvent
 
@@ -55,13 +56,14 @@ class Sampling:
 class SecureSum:
     """What a secure sum leaves. messages `[n, ...]` as the server saw them, or of no rows where nobody looks
     on; total `[D]`: the weighted mean of the members at positions `survivors` of the cohort; refusals: why
-    others are not among them, by position, where somebody refused a message. Without survivors the sum was
-    given up, and nothing is known of any member."""
+    others are not among them, by position, where somebody refused a message. traffic: what the protocol sent,
+    beside the model. Without survivors the sum was given up, and nothing is known of any member."""
 
     messages: Tensor
     total: Tensor
     survivors: tuple[int, ...]
     refusals: Mapping[int, str] = field(default_factory=dict)
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_update_that_does_not_fit_is_refused(change, message):
     ],
 )
 def test_impossible_scenes_stop_before_work(change, message, monkeypatch):
-    monkeypatch.setattr(audit, "run_round", None)
+    monkeypatch.setattr(audit, "play", None)
     with pytest.raises(InputError, match=message):
         run(Scene(**change))
 

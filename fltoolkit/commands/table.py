@@ -65,7 +65,7 @@ def run_table(name: str, o: TableOptions) -> int:
 
 
 def _effort(o: TableOptions) -> Effort:
-    from fltoolkit.audit import check_device
+    from fltoolkit.checks import check_device
     from fltoolkit.errors import require
     from fltoolkit.tables.run import Effort
 

@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING
 from fltoolkit.options import count_or_infinity, flag
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fltoolkit.data import Dataset
-    from fltoolkit.defense import Defense
     from fltoolkit.training.budget import Budget
     from fltoolkit.training.federation import Federation, State
     from fltoolkit.training.spy import Spy
 
-ON_FAILURE = ("skip", "stop")
 NOT_THE_RUN = frozenset(
     {
         *("out", "resume", "json", "rounds", "target", "attack", "attack_every", "threat", "delta", "device"),
@@ -145,72 +141,28 @@ def _last_accuracy(state: State) -> str:
 
 
 def _check(o: TrainOptions) -> None:
-    from fltoolkit.audit import check_device
     from fltoolkit.errors import require
 
     for name in ("rounds", "attack_every", "checkpoint_every"):
         require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
     require(0 < o.delta < 1, "delta", "between 0 and 1", o.delta)
-    require(0 < o.lr_decay <= 1, "lr_decay", "above 0 and at most 1", o.lr_decay)
-    require(o.server_lr > 0, "server_lr", "> 0", o.server_lr)
     for name in ("epsilon", "epsilon_budget"):
         value = getattr(o, name)
         require(value is None or 0 < value < inf, name, "a finite number > 0", value)
-    require(o.seed >= 0, "seed", ">= 0", o.seed)
-    require(o.on_failure in ON_FAILURE, "on_failure", "skip or stop", o.on_failure)
-    check_device(o.device)
 
 
 def _federation(o: TrainOptions) -> tuple[Federation, Dataset]:
-    from fltoolkit import models, registry
-    from fltoolkit.audit import check_local
-    from fltoolkit.data import load
-    from fltoolkit.data.partition import partition
-    from fltoolkit.errors import InputError
-    from fltoolkit.loss import cross_entropy
-    from fltoolkit.rng import stream, torch_stream
+    from fltoolkit import registry
     from fltoolkit.training.budget import calibrated
-    from fltoolkit.training.clients import Dealt
-    from fltoolkit.training.federation import Federation
-    from fltoolkit.training.task import Task
-    from fltoolkit.types import LocalSpec
+    from fltoolkit.training.recipe import Kitchen, Recipe
 
-    local = LocalSpec(o.epochs, o.batch, o.lr, o.momentum, o.weight_decay)
-    check_local(local)
     named = registry.make_stack(o.defense).all
-    data = load(o.data)
-    if data.test is None:
-        raise InputError(f"data must have a test part to train on, got {o.data!r}, which has none")
-    shape, classes = data.input_shape, data.num_classes
-    plain = models.build(o.model, shape, classes, torch_stream(o.seed, "model"))
-    model = registry.make_stack(named).model(plain, shape).to(o.device)
-    models.check_fits(model, shape, classes, data.tokens)
-    parts = partition(
-        o.partition, data.train.y.numpy(), o.clients, stream(o.seed, "partition"), data.client_ids
-    )
-    cohort = max(round(o.fraction * len(parts)), 1) if o.sampling == "fixed" else None
-    clients, test = Dealt(data.train.to(o.device), parts), data.test.to(o.device)
-
-    def federation(defenses: Sequence[Defense]) -> Federation:
-        task = Task(
-            model,
-            cross_entropy,
-            local,
-            registry.make_stack(defenses, cohort),
-            o.seed,
-            lr_decay=o.lr_decay,
-            server_lr=o.server_lr,
-            engine=o.engine,
-            stop_on_failure=o.on_failure == "stop",
-            equal_weights=o.equal_weights,
-        )
-        return Federation(task, clients, test, o.fraction, o.eval_every, o.target, o.sampling)
-
-    found = federation(named)
+    kitchen = Kitchen(Recipe.of(o))
+    found = kitchen.federation(named)
     if o.epsilon is not None:
-        found = federation(calibrated(named, federation, o.rounds, o.epsilon, o.delta))
-    found.task.check(shape)
-    return found, data
+        found = kitchen.federation(calibrated(named, kitchen.federation, o.rounds, o.epsilon, o.delta))
+    found.task.check(kitchen.data.input_shape)
+    return found, kitchen.data
 
 
 def _budget(o: TrainOptions, federation: Federation) -> Budget:
@@ -236,7 +188,8 @@ def _budget(o: TrainOptions, federation: Federation) -> Budget:
 
 def _spy(o: TrainOptions, federation: Federation, data: Dataset) -> Spy:
     from fltoolkit import registry
-    from fltoolkit.audit import check_searchable, make_threat
+    from fltoolkit.audit import make_threat
+    from fltoolkit.checks import check_searchable
     from fltoolkit.training.spy import Spy
 
     attack = registry.make_attack(o.attack) if o.attack else None

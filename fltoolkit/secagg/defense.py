@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fltoolkit.defense import Defense, RoundContext, SecureSum
 from fltoolkit.errors import InputError, require
+from fltoolkit.metrics.traffic import Traffic
 from fltoolkit.noise import numpy_generator
 from fltoolkit.secagg import session
 from fltoolkit.secagg.errors import TooFew
@@ -27,12 +28,14 @@ ROUNDINGS = ("nearest", "stochastic")
 @dataclass(frozen=True)
 class Played:
     """A session's end. total `[D + 1]`: the survivors' sum. messages: masked inputs as sent, by client, where
-    somebody looks on. refused: why parties refused a message, by client."""
+    somebody looks on. refused: why parties refused a message, by client. traffic: bytes of a client, all
+    rounds of the protocol together, mean over those that were there at the start."""
 
     total: np.ndarray
     survivors: tuple[int, ...]
     messages: Mapping[int, np.ndarray]
     refused: Mapping[int, str]
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class SecureAggregation(Defense):
             torch.from_numpy(total).to(rows),
             tuple(sorted(position[c] for c in played.survivors)),
             {position[c]: reason for c, reason in played.refused.items()},
+            played.traffic,
         )
 
     def survivors(self, ctx: RoundContext) -> tuple[int, ...]:
@@ -186,7 +190,10 @@ def play_session(
 
     record = session.run(server, clients, silent, workers, watch)
     refused = {c: f"{type(e).__name__}: {e}" for c, e in record.refused.items()}
-    return Played(record.total, record.survivors, sent, refused)
+    up = sum(sum(t.sent.values()) for t in record.rounds)
+    down = sum(sum(t.received.values()) for t in record.rounds)
+    traffic = Traffic(up / len(clients), down / len(clients))
+    return Played(record.total, record.survivors, sent, refused, traffic)
 
 
 def digests(ctx: RoundContext) -> dict[int, bytes]:

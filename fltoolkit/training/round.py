@@ -12,6 +12,7 @@ from torch.linalg import vector_norm
 
 from fltoolkit.defense import Local, RoundContext, Sampling, SecureSum
 from fltoolkit.errors import InputError
+from fltoolkit.metrics.traffic import FLOAT_BITS, Traffic
 from fltoolkit.rng import Key, stream
 from fltoolkit.training.private.local import Trainer
 from fltoolkit.training.task import Task, counts, example_context, round_events
@@ -42,7 +43,7 @@ class Outcome:
     clients: those in the mean; num_examples and norms `[K]`: their n_k and ‖w_k − w_t‖₂ before any
     defense. aggregate `[D]` as released. memory: what defenses keep for the next round. empty_batches: local
     steps that Poisson sampling gave no example. transcript: the round as it happened, where somebody looked
-    on.
+    on. traffic: what a secure sum's messages weighed, where there is one.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Outcome:
     transcript: Transcript | None
     memory: Memory = field(default_factory=dict)
     empty_batches: int = 0
+    traffic: Traffic | None = None
 
 
 def run_round(
@@ -143,10 +145,10 @@ class _Fold:
         messages = torch.cat(self.messages) if self.keep and self.messages else None
         ctx = self._context(self.clients, self.sizes)
         events = round_events(self.task, ctx, self.sizes)
-        given_up = False
+        given_up, traffic = False, None
         if messages is not None and self.task.stack.hides_messages:
             left = self.task.stack.secure_sum(messages, ctx)
-            messages, total = left.messages, left.total
+            messages, total, traffic = left.messages, left.total, self._with_model(left.traffic)
             self._leave_out(left)
             given_up = not self.clients
             ctx = self._context(self.clients, self.sizes)
@@ -167,7 +169,12 @@ class _Fold:
             else None,
             memory=self.memory,
             empty_batches=self.empty,
+            traffic=traffic,
         )
+
+    def _with_model(self, traffic: Traffic | None) -> Traffic | None:
+        """A protocol's traffic and the model that each client receives."""
+        return traffic and Traffic(traffic.up, traffic.down + self.params.numel() * FLOAT_BITS / 8)
 
     def _leave_out(self, left: SecureSum) -> None:
         """Forget those who are not in a secure sum; they failed."""

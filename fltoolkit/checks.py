@@ -1,0 +1,41 @@
+"""What is refused in one sentence before any work starts, wherever it comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fltoolkit.data import Dataset
+from fltoolkit.errors import InputError, require
+from fltoolkit.types import LocalSpec, Loss
+
+
+def check_local(local: LocalSpec) -> None:
+    require(local.epochs >= 1, "epochs", ">= 1", local.epochs)
+    require(local.batch is None or local.batch >= 1, "local batch", ">= 1 or inf", local.batch)
+    require(np.isfinite(local.lr) and local.lr > 0, "lr", "a finite number > 0", local.lr)
+    require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
+    good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
+    require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
+
+
+def check_searchable(data: Dataset) -> None:
+    if data.tokens:
+        raise InputError(f"data must hold real numbers, such as pixels, to be attacked, got {data.name!r}")
+
+
+def check_loss(loss: Loss, num_classes: int) -> None:
+    """Refuse a loss that is already averaged: the round weighs examples itself."""
+    shape = tuple(loss(torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.long)).shape)
+    if shape != (2,):
+        raise InputError(
+            f"loss must give one value an example, shape (2,), got {shape}: use reduction='none'"
+        )
+
+
+def check_device(device: str) -> torch.device:
+    """The device, tried once so that one that is not there stops before work starts."""
+    try:
+        return torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device must be one that PyTorch can use here, got {device!r}: {e}") from e
