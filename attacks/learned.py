@@ -43,9 +43,6 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 CHUNK_FLOATS = 2**24
 """Simulated updates held at once have at most this many entries (64 MiB)."""
 
-PROBES = 16
-"""Simulated updates by whose norms the attack tells which stage of the round it sees."""
-
 
 @dataclass(frozen=True)
 class Learned(Attack):
@@ -134,7 +131,7 @@ class Simulation:
         self.sizes = [len(part) for part in np.array_split(range(o.num_examples), o.clients)]
         self.weights = torch.tensor(self.sizes).to(o.params) / o.num_examples
         self.stack = simulated(o.defenses, o.clients)
-        self.released = self._sees_release(o.update)
+        self.released = o.released
 
     @property
     def through(self) -> str:
@@ -167,7 +164,7 @@ class Simulation:
             cohorts = self.trained(some, a, self.stack)
             if self.stack.defenses:
                 lines = zip(cohorts, some.x, some.y, strict=True)
-                messages = [self._message(c, p, self.released, x, y) for p, (c, x, y) in enumerate(lines, a)]
+                messages = [self._message(c, p, x, y) for p, (c, x, y) in enumerate(lines, a)]
                 yield torch.stack(messages)
             else:
                 yield self.weights @ cohorts
@@ -209,12 +206,12 @@ class Simulation:
         local = Local(self.model, self.params, self.loss, self.layout, data)
         return RoundContext(seed, self.round, tuple(data), self.weights, local=local)
 
-    def _message(self, cohort: Tensor, number: int, released: bool, x: Tensor, y: Tensor) -> Tensor:
+    def _message(self, cohort: Tensor, number: int, x: Tensor, y: Tensor) -> Tensor:
         """One cohort's rows `[K, D]`, made from x and y -> the weighted mean of what they send `[D]`, or
-        what is released."""
+        what is released, as the adversary sees it."""
         ctx = self._context(number, x, y)
         total = self.weights @ self.stack.clients(cohort, ctx)
-        return self.stack.server(total, ctx) if released else self.stack.read(total[None], ctx)[0]
+        return self.stack.server(total, ctx) if self.released else self.stack.read(total[None], ctx)[0]
 
     def _random(self) -> bool:
         """Whether the defenses may make two messages of one batch."""
@@ -223,24 +220,8 @@ class Simulation:
         made = []
         for number in (0, 1):
             cohort = self.trained(one, number, self.stack)[0]
-            made.append(self._message(cohort, number, self.released, few.x, few.y))
+            made.append(self._message(cohort, number, few.x, few.y))
         return not torch.equal(*made)
-
-    def _sees_release(self, update: Tensor) -> bool:
-        """Whether `update` was seen after the server's defenses: an adversary knows, its observation does not
-        say. The norm tells, as it is nearer to that of simulated updates of the right stage; where it cannot
-        tell, the server changes little."""
-        self.released = False
-        probes = self.draw(PROBES, "probe")
-        lines = list(zip(self.trained(probes, 0, self.stack), probes.x, probes.y, strict=True))
-
-        def off(released: bool) -> float:
-            made = [self._message(c, p, released, x, y) for p, (c, x, y) in enumerate(lines)]
-            rows = torch.stack([update, *made])
-            logs = rows.double().norm(dim=1).clamp_min(1e-300).log()
-            return float((logs[1:].mean() - logs[0]).abs())
-
-        return bool(self.stack.defenses) and off(True) < off(False)
 
 
 def simulated(defenses: Sequence[Mapping[str, Any]], cohort: int) -> DefenseStack:

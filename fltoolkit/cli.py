@@ -12,7 +12,9 @@ from fltoolkit.commands.leakage import AddOptions, CheckOptions, UpdateOptions, 
 from fltoolkit.commands.listing import run_list
 from fltoolkit.commands.partition import PartitionOptions, run_partition
 from fltoolkit.commands.privacy import EpsilonOptions, SigmaOptions, run_epsilon, run_sigma
+from fltoolkit.commands.report import ReportOptions, run_report
 from fltoolkit.commands.table import TABLES, TableOptions, run_table
+from fltoolkit.commands.tradeoff import TradeoffOptions, run_tradeoff
 from fltoolkit.commands.train import TrainOptions, run_train
 from fltoolkit.errors import InputError
 from fltoolkit.options import add_options, read_options
@@ -50,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     new = actions.add_parser("add", help="measure something new and put it into the baseline")
     new.add_argument("name", metavar="NAME", help="what it is called")
     add_options(new, AddOptions)
+    tradeoff = commands.add_parser("tradeoff", help="accuracy, ε and leakage of a grid of defenses")
+    tradeoff.add_argument(
+        "grid", metavar="GRID", nargs="?", default="default", help="a TOML file, or default (the default)"
+    )
+    add_options(tradeoff, TradeoffOptions)
+    report = commands.add_parser("report", help="one HTML page of a finished trade-off")
+    report.add_argument("run", metavar="RUN", help="the folder of the run, or its run.json")
+    add_options(report, ReportOptions)
     commands.add_parser("list", help="every attack, defense, threat model, model and data set")
     parsed = parser.parse_args(argv)
     if parsed.command == "audit":
@@ -66,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: run_sigma(read_options(SigmaOptions, parsed)))
     if parsed.command == "leakage":
         return guarded(lambda: _leakage(parsed))
+    if parsed.command == "report":
+        return guarded(lambda: run_report(parsed.run, read_options(ReportOptions, parsed)))
+    if parsed.command == "tradeoff":
+        return guarded(lambda: run_tradeoff(parsed.grid, read_options(TradeoffOptions, parsed)))
     return guarded(run_list)
 
 

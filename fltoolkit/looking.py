@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fltoolkit.attack import Attack, Progress, grey, silent
+from fltoolkit.attack import Attack, Progress, grey, grouped, silent
 from fltoolkit.data import Dataset
 from fltoolkit.scoring import Scored, score, truth_of
 from fltoolkit.threat import Public, ThreatModel
 from fltoolkit.training.round import EVERYBODY, NOTHING, Memory, Outcome, Sampling, run_round
 from fltoolkit.training.task import Task
-from fltoolkit.types import Examples, Observation, PrivacyEvent
+from fltoolkit.types import Examples, Observation, PrivacyEvent, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,11 @@ def attack_looks(
     """Attack what was seen, and score it against the truth; grey counts where nothing was seen."""
     seen = [v for v, each in enumerate(looks) if each.observation is not None]
     observations = [o for each in looks if (o := each.observation) is not None]
-    recovered = attack.many(observations, [rngs[v] for v in seen], progress) if seen else []
-    found = dict(zip(seen, recovered, strict=True))
+    found: dict[int, Reconstruction] = {}
+    for group in grouped(observations, _alike):
+        some = [rngs[seen[i]] for i in group]
+        recovered = attack.many([observations[i] for i in group], some, progress)
+        found |= {seen[i]: r for i, r in zip(group, recovered, strict=True)}
     mean_image = data.train.x.mean(0)
     return tuple(
         score(
@@ -102,3 +105,8 @@ def attack_looks(
         )
         for v, each in enumerate(looks)
     )
+
+
+def _alike(a: Observation, b: Observation) -> bool:
+    """Whether two observations are of one shape."""
+    return (a.num_examples, a.clients) == (b.num_examples, b.clients)

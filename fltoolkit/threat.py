@@ -83,7 +83,8 @@ class AggregateOnly(ThreatModel):
     about: ClassVar[str] = "aggregate only: the released weighted mean of the cohort, after every defense"
 
     def observe(self, transcript: Transcript, target: int, public: Public) -> Observation:
-        return observation(transcript, transcript.aggregate, self.members(transcript, target), public)
+        members = self.members(transcript, target)
+        return observation(transcript, transcript.aggregate, members, public, released=True)
 
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
         return tuple(range(len(transcript.truth)))
@@ -95,9 +96,14 @@ THREATS: dict[str, type[CuriousServer] | type[AggregateOnly]] = {
 
 
 def observation(
-    transcript: Transcript, update: Tensor, members: tuple[int, ...], public: Public
+    transcript: Transcript,
+    update: Tensor,
+    members: tuple[int, ...],
+    public: Public,
+    released: bool = False,
 ) -> Observation:
-    """What is seen of an `update [D]` that mixes these members of the cohort."""
+    """What is seen of an `update [D]` that mixes these members of the cohort. released: whether the server's
+    defenses are done."""
     return Observation(
         model=public.model,
         loss=public.loss,
@@ -113,4 +119,5 @@ def observation(
         defenses=public.defenses,
         auxiliary=public.auxiliary,
         round=transcript.updates.round,
+        released=released,
     )

@@ -209,7 +209,8 @@ class Observation:
     `num_examples` examples in all. local: E, B, η if known, else None. labels `[num_examples]` if
     known, else None. input_shape, input_range: shape and bounds of one input. defenses: the public
     parameters of each defense in order (Kerckhoffs). auxiliary: public data, never the private set. history:
-    sums of several rounds, where the adversary watched that long.
+    sums of several rounds, where the adversary watched that long. released: whether the update went through
+    what defenses do at the server too; else it is a message, or a mean of messages, as the server gets it.
     """
 
     model: nn.Module
@@ -228,6 +229,7 @@ class Observation:
     auxiliary: Examples | None = None
     round: int = 0
     history: History | None = None
+    released: bool = True
 
     @property
     def per_client(self) -> int:

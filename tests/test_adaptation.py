@@ -10,7 +10,7 @@ import torch
 from conftest import observe, protect, tiny_examples, tiny_model
 from torch import nn
 
-from fltoolkit import registry
+from fltoolkit import audit, registry
 from fltoolkit.defense import RoundContext
 from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.diagnosis import diagnose
@@ -329,3 +329,14 @@ def test_public_images_say_how_much_neighbours_differ():
     known = adapt(seen(CLIP, NOISE, auxiliary=rough), cosine, 0.1)
     assert known.tv == pytest.approx(4 * 25 / expected, rel=1e-5)
     assert expected > 0.2
+
+
+def test_noise_of_the_server_is_not_on_a_message_and_attacks_know():
+    """A message that is attacked as if the server's noise were on it looks safe and is not."""
+    defenses = ("clip:norm=0.5", "gaussian:noise_multiplier=1,placement=server")
+    attack = "idlg:adapt=true,steps=150,restarts=2"
+    scene = {"data": "digits", "model": "softmax", "victims": 2, "defenses": defenses, "attack": attack}
+    stages = {t: audit.Stage(audit.Scene(**scene, threat=t)) for t in ("server", "aggregate")}
+    assert noise_std(stages["server"].look(0).observation) == 0
+    assert noise_std(stages["aggregate"].look(0).observation) == pytest.approx(0.5)
+    assert audit.run(audit.Scene(**scene)).report["metrics"]["psnr_db"]["mean"] > 40

@@ -15,7 +15,8 @@ Defense = Mapping[str, Any]
 
 
 def noise_std(observation: Observation) -> float:
-    """Standard deviation of the noise on a coordinate of `observation.gradient`; 0 without any.
+    """Standard deviation of the noise on a coordinate of `observation.gradient`; 0 without any. Noise of the
+    server counts where the update went through it.
 
     Noise of a stochastic quantisation, which differs from coordinate to coordinate, counts with its mean
     square.
@@ -26,11 +27,17 @@ def noise_std(observation: Observation) -> float:
         level = str(defense.get("level", "client"))
         if "norm" in defense:
             clip[level] = min(clip[level], float(defense["norm"]))
-        elif defense["name"] in STDS:
+        elif defense["name"] in STDS and (o.released or not _at_server(defense)):
             std = STDS[str(defense["name"])](o, defense, 1.0 if defense.get("unbounded") else clip[level])
             if isfinite(std):
                 variance += std * std
     return sqrt(variance) / o.step_size
+
+
+def _at_server(defense: Defense) -> bool:
+    """Whether the server adds the noise, which is not on a message then."""
+    central = defense.get("placement") == "server" and defense.get("level", "client") == "client"
+    return central or defense["name"] == "correlated"
 
 
 def _gaussian(o: Observation, defense: Defense, clip: float) -> float:

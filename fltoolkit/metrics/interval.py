@@ -14,13 +14,14 @@ from fltoolkit.errors import require
 LEVEL = 0.95
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """`{"mean", "ci95": [low, high] or None, "values"}` by Student's t; None for fewer than two values."""
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> dict[str, Any]:
+    """`{"mean", "ci95": [low, high] or None, "values"}` by Student's t; None for fewer than two values.
+    level: of the interval, another one where several must hold together."""
     require(len(values) > 0, "values", "at least one number", values)
     v = np.asarray(values, float)
     low_high = None
     if len(v) > 1:
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(v) - 1) * v.std(ddof=1) / sqrt(len(v)))
+        half = float(stats.t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / sqrt(len(v)))
         low_high = [float(v.mean()) - half, float(v.mean()) + half]
     return {"mean": float(v.mean()), "ci95": low_high, "values": v.tolist()}
 
