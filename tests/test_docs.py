@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import pytest
 from fltoolkit import registry
 from fltoolkit.data import DATASETS
 from fltoolkit.models import MODELS
+from fltoolkit.report.terminal import table
 from fltoolkit.tables import cells, figure1, show
 from fltoolkit.threat import THREATS
+from fltoolkit.tradeoff import read, result
+from fltoolkit.tradeoff.grid import grid_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,6 +114,22 @@ def test_tables_in_the_documentation_are_those_of_the_committed_cells():
         assert not results or printed in text, f"docs/fedavg-tables.md does not show {folder.name} as it is"
     drawn = figure1.render(committed("tables/figure1/figure1.json")).split("\nPaper:")[0].rstrip()
     assert drawn in text
+
+
+@pytest.mark.parametrize("name", ["default", "privacy"])
+def test_trade_offs_in_the_documentation_are_those_of_the_committed_runs(name):
+    text = (ROOT / "docs/tradeoff.md").read_text(encoding="utf-8")
+    run = committed(f"tradeoff/{name}/run.json")
+    assert table(result.HEAD, list(result.lines(run))) in text
+    assert read(GRIDS.get(name, name)).plain() == run["grid"], "the grid is no longer the one that was run"
+
+
+GRIDS = {"privacy": ROOT / "benchmarks/grids/privacy.toml"}
+
+
+def test_example_of_a_grid_in_the_documentation_is_one_that_can_run():
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/tradeoff.md").read_text("utf-8"), re.DOTALL)
+    grid_of(tomllib.loads(text)).check()
 
 
 def committed(name):

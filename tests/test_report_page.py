@@ -16,7 +16,8 @@ import pytest
 
 from fltoolkit.commands.report import ReportOptions, run_report
 from fltoolkit.errors import InputError
-from fltoolkit.report.page import chart, facts, labels, made, page, pictures, points, scales
+from fltoolkit.report.page import chart, facts, labels, made, numbers, page, pictures, points, scales
+from fltoolkit.report.page.scales import EpsilonScale
 from fltoolkit.tradeoff.grid import grid_of
 
 SAMPLE = Path(__file__).parent / "samples" / "tradeoff_run.json"
@@ -432,3 +433,14 @@ def _widths_and_print(tab):
     assert tab.evaluate(
         "document.querySelector('table').offsetWidth <= document.querySelector('.scroll').offsetWidth"
     )
+
+
+def test_names_of_powers_of_ten_fit_beside_each_other():
+    assert [numbers.power_of_ten(v) for v in (1e-2, 1.0, 1e4, 1e5, 1e8, 1e-5)] == [
+        *("0.01", "1", "10000", "10⁵", "10⁸", "10⁻⁵")
+    ]
+    for high in (1e1, 1e3, 1e6, 1e9, 1e12):
+        found = EpsilonScale(1.0, high).decades
+        assert found[0] == 1.0
+        assert len(found) <= 7
+        assert found[-1] <= high

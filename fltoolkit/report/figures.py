@@ -39,7 +39,7 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
         heads = ("original", "reconstruction", "best guess\nwithout the update")
         for column, image in enumerate((s.truth.x[i], s.x[i], s.trivial[i])):
             axis = figure.add_subplot(grid[row, column])
-            _show(axis, image, data_range)
+            show_image(axis, image, data_range)
             axis.set_xlabel(labels[column], fontsize=9, color=INK)
             if row == 0:
                 axis.set_title(heads[column], fontsize=10, color=INK)
@@ -71,7 +71,7 @@ def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], tit
     save(figure, path)
 
 
-def _show(axis: Any, image: Tensor, data_range: float) -> None:
+def show_image(axis: Any, image: Tensor, data_range: float) -> None:
     pixels = image.permute(1, 2, 0).numpy()
     grey = pixels.shape[2] == 1
     axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=data_range)

@@ -56,6 +56,7 @@ def draw_epsilon(path: Path, content: Mapping[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     threats = [t["name"] for t in content["threats"]]
+    names = list(dict.fromkeys(p["defense"] for p in content["points"] if p["epsilon"]["value"] is not None))
     size = (4.6 * len(threats) + 1.6, 6.4)
     figure, axes = plt.subplots(
         2, len(threats), figsize=size, sharex="col", sharey="row", layout="constrained", squeeze=False
@@ -63,7 +64,7 @@ def draw_epsilon(path: Path, content: Mapping[str, Any]) -> None:
     for column, threat in enumerate(threats):
         points = [p for p in content["points"] if p["threat"] == threat and p["leak_db"] is not None]
         for axis, key, scale in ((axes[0][column], "accuracy", 100), (axes[1][column], "leak_db", 1)):
-            _over_epsilon(axis, points, key, scale)
+            _over_epsilon(axis, points, key, scale, names)
         axes[0][column].set_title(f"{threat} view", fontsize=11, color=INK)
         tidy(axes[0][column], "", "test accuracy, %" if column == 0 else "")
         tidy(axes[1][column], "ε of this view (log)", "leak, dB" if column == 0 else "")
@@ -90,7 +91,7 @@ def draw_pictures(path: Path, content: Mapping[str, Any], threat: str) -> None:
     size = (1.05 * columns + 4.4, 1.2 * len(rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     for line, (label, images) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label.replace(" + ", "\n+ "), rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(label.replace(" + ", "\n+ "), rotation=0, ha="right", va="center", fontsize=7)
         for axis, image in zip(line, images, strict=False):
             shown = decoded(image["png"])
             axis.imshow(shown, cmap="gray" if shown.ndim == 2 else None, vmin=0, vmax=255)
@@ -101,13 +102,15 @@ def draw_pictures(path: Path, content: Mapping[str, Any], threat: str) -> None:
     save(figure, path)
 
 
-def _over_epsilon(axis: Any, points: Sequence[Mapping[str, Any]], key: str, scale: float) -> None:
-    names = dict.fromkeys(p["defense"] for p in points if p["epsilon"]["value"] is not None)
+def _over_epsilon(
+    axis: Any, points: Sequence[Mapping[str, Any]], key: str, scale: float, names: Sequence[str]
+) -> None:
+    """A line for each of the defenses `names` that has an ε here, and one for no defense."""
     for i, name in enumerate(names):
-        mine = sorted(
-            (p for p in points if p["defense"] == name and p["epsilon"]["value"] is not None),
-            key=lambda p: p["epsilon"]["value"],
-        )
+        mine = [p for p in points if p["defense"] == name and p["epsilon"]["value"] is not None]
+        mine.sort(key=lambda p: p["epsilon"]["value"])
+        if not mine:
+            continue
         x = [p["epsilon"]["value"] for p in mine]
         y = [scale * p[key]["mean"] for p in mine]
         ends = [p[key]["ci95"] or [p[key]["mean"]] * 2 for p in mine]
@@ -119,6 +122,8 @@ def _over_epsilon(axis: Any, points: Sequence[Mapping[str, Any]], key: str, scal
         if not p["stack"]:
             axis.axhline(scale * p[key]["mean"], color=INK, lw=1, ls=":", label="no defense (ε = ∞)")
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")
+    axis.xaxis.set_major_formatter("{x:g}")
 
 
 def _curve(axis: Any, points: Sequence[Mapping[str, Any]], name: str, marker: str, colour: Any) -> None:

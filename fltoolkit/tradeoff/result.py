@@ -107,10 +107,26 @@ def _shared(trained: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all threat models of a stack have in common."""
     seconds = mean_interval([t["seconds"] for t in trained])
     return {
-        "accuracy": mean_interval([t["accuracy"]["value"] for t in trained]),
+        "accuracy": _share([t["accuracy"]["value"] for t in trained]),
         "bytes": {w: sum(t["bytes"][w] for t in trained) / len(trained) for w in ("up", "down")},
         "seconds": {k: seconds[k] for k in ("mean", "ci95")},
-        "all_epsilon": trained[0]["epsilon"],
+        "all_epsilon": _largest_epsilon([t["epsilon"] for t in trained]),
+    }
+
+
+def _largest_epsilon(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By unit and view the largest of all seeds, which differ where clients are asked more or less often."""
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for of_seed in found:
+        for unit, views in of_seed.items():
+            for view, value in views.items():
+                values.setdefault(unit, {}).setdefault(view, []).append(value)
+    return {
+        unit: {
+            view: None if len(v) < len(found) or None in v else max(e for e in v if e is not None)
+            for view, v in views.items()
+        }
+        for unit, views in values.items()
     }
 
 
@@ -144,7 +160,8 @@ def _point(
     return point | {
         "leak_db": leak,
         "trivial_db": _brief([v["psnr_db"] - v["gain_db"] for v in victims]),
-        **{name: _brief([v[name] for v in victims]) for name in ("gain_db", "ssim", "label_accuracy")},
+        **{name: _brief([v[name] for v in victims]) for name in ("gain_db", "ssim")},
+        "label_accuracy": _share([v["label_accuracy"] for v in victims]),
         "success_rate": rate | {"threshold_db": grid.threshold_db},
     }
 
@@ -179,6 +196,13 @@ def _tried(key: tuple[str, int], victims: Sequence[Mapping[str, Any]]) -> dict[s
 def _brief(values: Sequence[float]) -> dict[str, Any]:
     found = mean_interval(values)
     return {"mean": found["mean"], "ci95": found["ci95"]}
+
+
+def _share(values: Sequence[float]) -> dict[str, Any]:
+    """The mean of shares, whose interval ends where shares do."""
+    found = mean_interval(values)
+    ends = found["ci95"]
+    return found | {"ci95": ends and [max(ends[0], 0.0), min(ends[1], 1.0)]}
 
 
 def seen_epsilon(threat: str, epsilons: Mapping[str, Any], delta: float) -> dict[str, Any]:
@@ -222,7 +246,7 @@ def lines(content: Mapping[str, Any], threat: str | None = None) -> Iterator[tup
             f"{100 * a['mean']:.1f}{interval(percent, 1)}",
             "—" if leak is None else f"{leak['mean']:.1f}{interval(leak['ci95'], 1)}",
             "∞" if e is None else f"{e:.2f}" + ("/example" if p["epsilon"]["unit"] == "example" else ""),
-            f"{p['bytes']['up'] / 1e3:.1f}",
+            f"{p['bytes']['up'] / 1e3:.3g}",
             f"{p['seconds']['mean']:.3f}",
             "—" if p["strongest"] is None else p["strongest"]["attack"].partition(":")[0],
             "*" if p["pareto"] else "",

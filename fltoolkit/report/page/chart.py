@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fltoolkit.report.page import labels, points
+from fltoolkit.report.page import labels, numbers, points
 from fltoolkit.report.page.labels import Box
 from fltoolkit.report.page.scales import Axis, EpsilonScale, axis
 from fltoolkit.report.page.shapes import shape
@@ -247,4 +247,4 @@ def epsilon_legend(run: Mapping[str, Any]) -> list[tuple[str, str]] | None:
     scale = frame(run).epsilon
     if scale is None:
         return None
-    return [(f"{v:g}", f"{100 * scale.place(v):.1f}") for v in scale.decades]
+    return [(numbers.power_of_ten(v), f"{100 * scale.place(v):.1f}") for v in scale.decades]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import log10
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -81,3 +82,10 @@ def mean_of(point: Mapping[str, Any], name: str, key: str = "mean") -> float | N
 def ci_of(point: Mapping[str, Any], name: str) -> Sequence[float] | None:
     found = point.get(name)
     return None if found is None else found.get("ci95")
+
+
+def power_of_ten(value: float) -> str:
+    """A whole power of ten: as it is where it is short, else as 10 and its exponent."""
+    if 1e-3 <= value <= 1e4:
+        return f"{value:g}"
+    return "10" + str(round(log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -47,6 +47,10 @@ def axis(
     return Axis(first, last, start, end, step)
 
 
+MOST_DECADES = 6
+"""More names of powers of ten do not fit beside each other."""
+
+
 @dataclass(frozen=True)
 class EpsilonScale:
     """Colours for ε from low to high, evenly in its logarithm."""
@@ -77,8 +81,9 @@ class EpsilonScale:
 
     @property
     def decades(self) -> list[float]:
+        """Whole powers of ten from low to high, at most `MOST_DECADES` of them."""
         first, last = round(log10(self.low)), round(log10(self.high))
-        return [10.0**k for k in range(first, last + 1)]
+        return [10.0**k for k in range(first, last + 1, 1 + (last - first) // MOST_DECADES)]
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
