@@ -9,6 +9,8 @@ SIZE = 13.0
 WIDTH = 0.58
 """A letter's mean width as a share of its size, on the wide side."""
 REACH = 9.0
+FAR = (1.0, 1.8, 2.8, 5.0, 8.0, 12.0)
+"""How far a name may be from its point, in units of REACH."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,34 @@ def place(
     """A label for each curve, beside the point of it where there is most room. hard: boxes that labels must
     not cover; soft: that they should not."""
     taken, lines, found = list(hard), list(soft), []
+    names: list[Box] = []
     for text, points in curves:
         wide, high = WIDTH * SIZE * len(text), SIZE
         best: tuple[float, Label, Box] | None = None
         for rank, (label, box) in enumerate(_candidates(text, points, wide, high)):
             cost = 0.01 * rank + 50 * box.outside(frame)
             cost += sum(4 * box.overlap(b) for b in taken) + sum(box.overlap(b) for b in lines)
+            cost += sum(9 * step.overlap(b) for step in _leader(label) for b in names)
             if best is None or cost < best[0]:
                 best = (cost, label, box)
         if best is not None:
             found.append(best[1])
             taken.append(best[2])
+            names.append(best[2])
+            lines += _leader(best[1])
     return found
+
+
+def _leader(label: Label) -> list[Box]:
+    """The line from a name to its point, in small boxes."""
+    return [] if label.leader is None else along(label.leader[:2], label.leader[2:])
 
 
 def _candidates(
     text: str, points: Sequence[tuple[float, float]], wide: float, high: float
 ) -> Iterable[tuple[Label, Box]]:
     for x, y in points:
-        for far in (1.0, 1.8, 2.8):
+        for far in FAR:
             for across, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
                 room = REACH * far * (0.75 if across and down else 1.0)
                 cx = x + across * (room + wide / 2)
