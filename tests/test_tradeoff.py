@@ -14,7 +14,7 @@ from fltoolkit import cli
 from fltoolkit.audit import make_threat
 from fltoolkit.errors import InputError
 from fltoolkit.tradeoff import engines, read, run
-from fltoolkit.tradeoff.attacking import _looks, _renumbered
+from fltoolkit.tradeoff.attacking import Vantage, _renumbered
 from fltoolkit.tradeoff.grid import grid_of
 from fltoolkit.tradeoff.jobs import Attacking, Training
 from fltoolkit.tradeoff.pictures import side_by_side
@@ -209,7 +209,6 @@ def test_what_is_there_is_not_run_again(small, monkeypatch):
     lost = training_of(GRID, (), 0).id
     (folder / "cells" / f"{lost}.json").unlink()
     ran = []
-    monkeypatch.setattr(engines, "work", None)
     original = Training.run
     monkeypatch.setattr(Training, "run", lambda self, *a: ran.append(self.id) or original(self, *a))
     monkeypatch.setattr(Attacking, "run", None)
@@ -318,8 +317,8 @@ def test_looks_under_an_aggregate_are_of_different_cohorts(tmp_path):
     states = torch.load(_file(training.run({}), ".pt", tmp_path), weights_only=True)
     place = kitchen(training.recipe)
     federation = place.federation(())
-    job = Attacking(training, "idlg", "aggregate", 3, 30.0)
-    looks = _looks(federation, make_threat("aggregate"), states["3"], 3, job, place.data)
+    here = Vantage(federation, make_threat("aggregate"), states["3"], 3, place.data)
+    looks = here.watched(3)
     first = replay(federation, states["3"], 3).transcript
     assert torch.equal(looks[0].observation.update, first.aggregate)
     assert len({float(each.observation.update.sum()) for each in looks}) == 3

@@ -8,8 +8,8 @@ same model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -18,12 +18,13 @@ from fltoolkit import registry
 from fltoolkit.algorithms.fedavg import cohort_sampling, select_clients
 from fltoolkit.attack import Attack
 from fltoolkit.audit import make_threat
+from fltoolkit.data import Dataset
 from fltoolkit.looking import Look, attack_looks, look, play, reason
 from fltoolkit.rng import stream, torch_stream
-from fltoolkit.scoring import Scored, truth_of
-from fltoolkit.threat import ThreatModel
+from fltoolkit.scoring import Scored
+from fltoolkit.threat import Public, ThreatModel
 from fltoolkit.tradeoff.pictures import png
-from fltoolkit.tradeoff.training import States, kitchen, replay
+from fltoolkit.tradeoff.training import States, kitchen, placed, replay
 from fltoolkit.training.federation import Federation
 from fltoolkit.training.round import Memory, run_round
 from fltoolkit.training.task import Task
@@ -42,7 +43,10 @@ def attack_states(job: Attacking, states: States) -> list[dict[str, Any]]:
     for number in job.training.attacked:
         if str(number) not in states:
             continue
-        looks = _looks(federation, threat, states[str(number)], number, job, place.data)
+        state = placed(states[str(number)], job.training.recipe.device)
+        here = Vantage(federation, threat, state, number, place.data)
+        own = job.threat is None
+        looks = [here.played(v) for v in range(job.victims)] if own else here.watched(job.victims)
         seed = job.training.recipe.seed
         rngs = [
             torch_stream(seed, "round", number, "victim", v, "attack", attack.name) for v in range(len(looks))
@@ -66,72 +70,63 @@ def _threat(attack: Attack, name: str | None) -> ThreatModel:
     return own
 
 
-def _looks(
-    federation: Federation,
-    threat: ThreatModel,
-    state: dict[str, Any],
-    number: int,
-    job: Attacking,
-    data: Any,
-) -> list[Look]:
-    if job.threat is None:
-        return [_played(federation, threat, state, number, v, data) for v in range(job.victims)]
-    outcome = replay(federation, state, number)
-    transcript = outcome.transcript
-    public = federation.task.public(data)
-    if transcript is None:
-        lost = federation.clients[outcome.failures[0].client]
-        return [Look(None, lost, outcome.events, reason(outcome))]
-    alone = threat.members(transcript, 0) == (0,) and len(transcript.truth) > 1
-    if not alone:
-        first = look([outcome], threat, transcript.truth, public, False)
-        others = [_mixed(federation, threat, state, number, v, data) for v in range(1, job.victims)]
-        return [first, *others]
-    return [
-        Look(
-            threat.observe(transcript, v, public),
-            truth_of(transcript, threat.members(transcript, v)),
-            outcome.events,
-        )
-        for v in range(min(job.victims, len(transcript.truth)))
-    ]
+@dataclass(frozen=True)
+class Vantage:
+    """Where an adversary stands: round `number` of a federation, from the state before it."""
 
+    federation: Federation
+    threat: ThreatModel
+    state: Mapping[str, Any]
+    number: int
+    data: Dataset
 
-def _mixed(
-    federation: Federation, threat: ThreatModel, state: dict[str, Any], number: int, victim: int, data: Any
-) -> Look:
-    """The view of the round with another cohort and other random numbers."""
-    task = _again(federation.task, number, victim)
-    cohort = select_clients(
-        len(federation.clients), federation.fraction, task.seed, number, federation.sampling
-    )
-    how = cohort_sampling(len(federation.clients), federation.fraction, federation.sampling)
-    outcome = run_round(
-        task, state["params"], cohort, federation.clients, number, sampling=how, memory=state["memory"]
-    )
-    truth = [federation.clients[c] for c in cohort]
-    return look([outcome], threat, truth, task.public(data), False)
+    @property
+    def public(self) -> Public:
+        return self.federation.task.public(self.data)
 
+    def watched(self, victims: int) -> list[Look]:
+        """What somebody who looks on sees of the round."""
+        outcome = replay(self.federation, self.state, self.number)
+        transcript = outcome.transcript
+        if transcript is None:
+            lost = self.federation.clients[outcome.failures[0].client]
+            return [Look(None, lost, outcome.events, reason(outcome))]
+        if self.threat.members(transcript, 0) != (0,) or len(transcript.truth) == 1:
+            first = look([outcome], self.threat, transcript.truth, self.public, False)
+            return [first, *(self._otherwise(v) for v in range(1, victims))]
+        return [
+            Look(self.threat.observe(transcript, v, self.public), transcript.truth[v], outcome.events)
+            for v in range(min(victims, len(transcript.truth)))
+        ]
 
-def _played(
-    federation: Federation, threat: ThreatModel, state: dict[str, Any], number: int, victim: int, data: Any
-) -> Look:
-    """What an adversary gets that plays rounds of its own with a cohort, the first of which it is after."""
-    task = _again(federation.task, number, victim)
-    seed = task.seed if victim else federation.task.seed
-    cohort = select_clients(len(federation.clients), federation.fraction, seed, number, federation.sampling)
-    truth = [federation.clients[c] for c in cohort]
-    public = task.public(data)
-    outcomes = play(
-        task, state["params"], truth, threat, public, number, _renumbered(state["memory"], cohort)
-    )
-    return look(outcomes, threat, truth, public, task.stack.hides_messages)
+    def _otherwise(self, victim: int) -> Look:
+        """The same of the round with another cohort and other random numbers."""
+        f, task = self.federation, self._task(victim)
+        cohort = self._cohort(task.seed)
+        how = cohort_sampling(len(f.clients), f.fraction, f.sampling)
+        params, memory = self.state["params"], self.state["memory"]
+        outcome = run_round(task, params, cohort, f.clients, self.number, sampling=how, memory=memory)
+        return look([outcome], self.threat, [f.clients[c] for c in cohort], self.public, False)
 
+    def played(self, victim: int) -> Look:
+        """What an adversary gets that plays rounds of its own with a cohort, the first of which it is
+        after."""
+        task = self._task(victim)
+        cohort = self._cohort(task.seed if victim else self.federation.task.seed)
+        truth = [self.federation.clients[c] for c in cohort]
+        memory = _renumbered(self.state["memory"], cohort)
+        outcomes = play(task, self.state["params"], truth, self.threat, self.public, self.number, memory)
+        return look(outcomes, self.threat, truth, self.public, task.stack.hides_messages)
 
-def _again(task: Task, number: int, victim: int) -> Task:
-    """The same task with other random numbers."""
-    seed = int(stream(task.seed, "round", number, "victim", victim).integers(2**31))
-    return replace(task, seed=seed)
+    def _task(self, victim: int) -> Task:
+        """The federation's task with other random numbers."""
+        task = self.federation.task
+        seed = int(stream(task.seed, "round", self.number, "victim", victim).integers(2**31))
+        return replace(task, seed=seed)
+
+    def _cohort(self, seed: int) -> list[int]:
+        f = self.federation
+        return select_clients(len(f.clients), f.fraction, seed, self.number, f.sampling)
 
 
 def _renumbered(memory: Memory, cohort: Sequence[int]) -> dict[Any, Tensor]:

@@ -52,7 +52,7 @@ class Here:
 
     def done(self) -> list[tuple[Job, Files]]:
         job, given = self.waiting.pop(0)
-        return [(job, job.run(given, self.scratch))]
+        return [(job, work(job, given, self.scratch))]
 
     def close(self) -> None:
         self.waiting.clear()
@@ -166,9 +166,14 @@ def _answers(address: str) -> None:
 
 
 def work(job: Job, given: Files, scratch: Path | None) -> Files:
-    """What a worker does with a job."""
+    """What a worker does with a job: in one thread, so that sums of floating-point numbers have one order
+    however many workers there are."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return job.run(given, scratch)
+    try:
+        return job.run(given, scratch)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def engine(name: str, workers: int, scratch: Path, address: str | None = None) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -68,7 +69,13 @@ def epsilon(budget: Budget) -> dict[str, Any]:
     return found
 
 
-def replay(federation: fed.Federation, state: dict[str, Any], number: int) -> Outcome:
+def placed(state: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """A kept state, on the device that trains."""
+    memory = {k: v.to(device) for k, v in state["memory"].items()}
+    return {"params": state["params"].to(device), "memory": memory}
+
+
+def replay(federation: fed.Federation, state: Mapping[str, Any], number: int) -> Outcome:
     """Round `number` as it happened, with somebody looking on."""
     how = cohort_sampling(len(federation.clients), federation.fraction, federation.sampling)
     return run_round(
@@ -111,7 +118,8 @@ class _Run:
         """Bytes of a client in a round, mean: of a secure sum's rounds, else of the rounds to attack."""
         found = self.traffic
         if not found:
-            transcripts = [replay(federation, self.states[n], int(n)).transcript for n in self.states]
+            states = {int(n): placed(s, self.job.recipe.device) for n, s in self.states.items()}
+            transcripts = [replay(federation, s, n).transcript for n, s in states.items()]
             found = [plain_traffic(t.messages) for t in transcripts if t is not None]
         if not found:
             raise InputError("rounds must come to an end, got none that did")
@@ -140,7 +148,8 @@ class _Run:
             self.states, self.seconds, traffic = torch.load(self._beside(path), weights_only=True)
         except (InputError, OSError, RuntimeError, ValueError):
             return  # half written: the job begins anew
-        self.state = state
+        kept = placed({"params": state.params, "memory": state.memory}, self.job.recipe.device)
+        self.state = fed.State(kept["params"], state.history, kept["memory"])
         self.traffic = [Traffic(up, down) for up, down in traffic]
 
     @staticmethod
