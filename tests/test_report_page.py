@@ -444,3 +444,13 @@ def test_names_of_powers_of_ten_fit_beside_each_other():
         assert found[0] == 1.0
         assert len(found) <= 7
         assert found[-1] <= high
+
+
+@pytest.mark.parametrize("name", ["default", "privacy"])
+def test_committed_runs_have_a_page_that_names_every_point(name):
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "tradeoff" / name / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    text = page(run)
+    assert text.count('class="marker"') == len(run["points"])
+    for point in run["points"]:
+        assert all(spec.partition(":")[0] in text for spec in point["stack"])

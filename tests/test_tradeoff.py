@@ -13,15 +13,17 @@ from pyarrow import csv, parquet
 from fltoolkit import cli
 from fltoolkit.audit import make_threat
 from fltoolkit.errors import InputError
+from fltoolkit.scoring import score
 from fltoolkit.tradeoff import engines, read, run
-from fltoolkit.tradeoff.attacking import Vantage, _renumbered
+from fltoolkit.tradeoff.attacking import Vantage, _numbers, _renumbered
 from fltoolkit.tradeoff.grid import grid_of
 from fltoolkit.tradeoff.jobs import Attacking, Training
 from fltoolkit.tradeoff.pictures import side_by_side
-from fltoolkit.tradeoff.result import MOST_DB, mark_front, strongest
+from fltoolkit.tradeoff.result import MOST_DB, _share, largest_epsilon, mark_front, seen_epsilon, strongest
 from fltoolkit.tradeoff.running import attacks_on, jobs_of, training_of
 from fltoolkit.tradeoff.training import kitchen, replay
 from fltoolkit.training import federation as fed
+from fltoolkit.types import Reconstruction
 
 SMALL = {
     "seeds": [0, 1],
@@ -396,3 +398,66 @@ def test_pictures_keep_a_private_image_only_where_it_is_another_one():
 def test_attacks_with_an_adversary_of_their_own_need_a_secure_sum():
     assert all(j.threat is not None for j in attacks_on(GRID, training_of(GRID, (), 0)))
     assert [j.threat for j in attacks_on(GRID, training_of(GRID, ("secagg",), 0))].count(None) == 1
+
+
+def test_a_victim_is_recovered_where_its_best_image_is():
+    data = kitchen(GRID.recipe).data
+    truth = data.train.take(slice(0, 2))
+    guess = Reconstruction(torch.stack([truth.x[0], 1 - truth.x[1]]), truth.y, 0.0)
+    scored = score(guess, truth, data.train.x.mean(0), data.input_range, data.num_classes)
+    numbers = _numbers(scored, 30.0)
+    assert numbers["recovered"]
+    assert numbers["psnr_db"] == pytest.approx(float(scored.psnr.mean()))
+    assert numbers["images"] == 2
+    assert not _numbers(scored, 101.0)["recovered"]
+
+
+def test_messages_are_looked_at_by_as_many_victims_as_the_grid_asks_for(tmp_path):
+    training = training_of(GRID, (), 0)
+    states = torch.load(_file(training.run({}), ".pt", tmp_path), weights_only=True)
+    place = kitchen(training.recipe)
+    here = Vantage(place.federation(()), make_threat("server"), states["1"], 1, place.data)
+    messages = replay(here.federation, states["1"], 1).transcript.messages
+    looks = here.watched(4)
+    assert [torch.equal(o.observation.update, m) for o, m in zip(looks, messages, strict=False)] == [True] * 4
+    assert len(here.watched(99)) == len(messages) == 6
+
+
+@pytest.mark.parametrize(
+    ("threat", "value", "view", "unit"),
+    [
+        ("server", 3.0, "message", "client"),
+        ("aggregate", 2.0, "aggregate", "client"),
+        ("isolating", 9.0, "exposed", "client"),
+        ("patient", 9.0, "exposed", "client"),
+    ],
+)
+def test_an_adversary_has_the_epsilon_of_what_it_sees(threat, value, view, unit):
+    epsilons = {"client": {"message": 3.0, "aggregate": 2.0, "exposed": 9.0}}
+    found = seen_epsilon(threat, epsilons, 1e-5)
+    assert found == {"value": value, "view": view, "delta": 1e-5, "unit": unit}
+
+
+def test_epsilon_of_examples_counts_where_clients_have_none_and_the_largest_of_all_seeds():
+    client = {"message": None, "aggregate": None, "exposed": None}
+    assert seen_epsilon("server", {"client": client, "example": {"message": 5.0}}, 1e-5)["unit"] == "example"
+    assert seen_epsilon("server", {"client": client}, 1e-5)["value"] is None
+    seeds = [
+        {"example": {"message": 5.0, "aggregate": 1.0}},
+        {"example": {"message": 7.0, "aggregate": None}},
+    ]
+    assert largest_epsilon(seeds) == {"example": {"message": 7.0, "aggregate": None}}
+    assert largest_epsilon([{}, seeds[0]]) == {"example": {"message": None, "aggregate": None}}
+
+
+def test_a_message_that_lost_its_cover_has_a_larger_epsilon(small):
+    stack = ("clip:norm=1", "gaussian:placement=client,noise_multiplier=1", "secagg")
+    files = training_of(GRID, stack, 0).run({})
+    found = json.loads(next(iter(v for k, v in files.items() if k.endswith(".json"))))["epsilon"]["client"]
+    assert found["message"] < found["exposed"]
+
+
+def test_interval_of_a_share_ends_where_shares_do():
+    assert _share([0.1, 0.9])["ci95"] == [0.0, 1.0]
+    assert _share([0.5])["ci95"] is None
+    assert _share([0.50, 0.51])["ci95"][0] > 0.4

@@ -110,11 +110,11 @@ def _shared(trained: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy": _share([t["accuracy"]["value"] for t in trained]),
         "bytes": {w: sum(t["bytes"][w] for t in trained) / len(trained) for w in ("up", "down")},
         "seconds": {k: seconds[k] for k in ("mean", "ci95")},
-        "all_epsilon": _largest_epsilon([t["epsilon"] for t in trained]),
+        "all_epsilon": largest_epsilon([t["epsilon"] for t in trained]),
     }
 
 
-def _largest_epsilon(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def largest_epsilon(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By unit and view the largest of all seeds, which differ where clients are asked more or less often."""
     values: dict[str, dict[str, list[float | None]]] = {}
     for of_seed in found:
