@@ -461,3 +461,20 @@ def test_interval_of_a_share_ends_where_shares_do():
     assert _share([0.1, 0.9])["ci95"] == [0.0, 1.0]
     assert _share([0.5])["ci95"] is None
     assert _share([0.50, 0.51])["ci95"][0] > 0.4
+
+
+def test_table_and_points_agree_on_what_a_training_gave(small):
+    folder, content = small
+    rows = parquet.read_table(folder / "table.parquet").to_pylist()
+    for p in content["points"]:
+        mine = [r for r in rows if r["stack"] == p["label"] and r["threat"] == p["threat"]]
+        assert mine
+        for r in mine:
+            assert r["accuracy"] == p["accuracy"]["values"][GRID.seeds.index(r["seed"])]
+            assert r["delta"] == p["epsilon"]["delta"] == GRID.delta
+            assert r["test_examples"] == 360
+        assert np.mean([r["bytes_up"] for r in mine]) == pytest.approx(p["bytes"]["up"])
+        if p["threat"] == "aggregate":
+            assert {r["epsilon_aggregate"] for r in mine} == {p["epsilon"]["value"]}
+        if p["threat"] == "server":
+            assert {r["epsilon_message"] for r in mine} == {p["epsilon"]["value"]}
