@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_examples, tiny_model
 
 from fltoolkit import registry
 from fltoolkit.defense import RoundContext
+from fltoolkit.loss import cross_entropy
 from fltoolkit.metrics.traffic import Traffic, coded_bytes, plain_traffic
 from fltoolkit.secagg import session
 from fltoolkit.secagg.cost import paper_bytes
+from fltoolkit.secagg.defense import SecureAggregation
+from fltoolkit.training.round import run_round
+from fltoolkit.training.task import Task
+from fltoolkit.types import LocalSpec
 
 
 def bits(numbers, width):
@@ -86,3 +93,17 @@ def test_a_secure_sum_weighs_what_its_session_sent(spec, monkeypatch):
         assert (traffic.up, traffic.down) == (np.mean(sent), np.mean(received))
     if spec == "secagg":
         assert (traffic.up + traffic.down) / paper_bytes(n, dim, 32) == pytest.approx(1.12, abs=0.03)
+
+
+def test_a_round_under_a_secure_sum_adds_the_model_to_what_travels_down(monkeypatch):
+    model = tiny_model()
+    task = Task(model, cross_entropy, LocalSpec(), registry.make_stack(["secagg"]), 0)
+    data = [tiny_examples(2, seed=k) for k in range(5)]
+    sums = []
+    original = SecureAggregation.secure_sum
+    monkeypatch.setattr(SecureAggregation, "secure_sum", lambda *a: sums.append(original(*a)) or sums[-1])
+    outcome = run_round(task, task.layout.row(model), range(5), data, 1)
+    assert outcome.traffic.up == sums[0].traffic.up
+    assert outcome.traffic.down == sums[0].traffic.down + 4 * task.layout.size
+    plain = run_round(replace(task, stack=registry.make_stack([])), task.layout.row(model), range(5), data, 1)
+    assert plain.traffic is None
