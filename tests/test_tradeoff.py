@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -281,6 +282,17 @@ def _run_on(place, folder, report, monkeypatch=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fltoolkit.tradeoff.running.engine", lambda *a: place)
         return run(GRID, folder, report=report)
+
+
+def test_a_job_is_begun_though_the_pool_broke_before(tmp_path):
+    place = engines.Processes(1, tmp_path)
+    place.pool.submit(os._exit, 1).exception()
+    training = training_of(GRID, (), 0)
+    place.submit(training, {})
+    ((job, files),) = place.done()
+    place.close()
+    assert job == training
+    assert f"{training.id}.json" in files
 
 
 def test_a_process_that_always_dies_ends_the_run(tmp_path):

@@ -67,7 +67,10 @@ class Processes:
         self.running: dict[Future[Files], tuple[Job, Files, int]] = {}
 
     def submit(self, job: Job, given: Files, tries: int = 1) -> None:
-        self.running[self.pool.submit(work, job, given, self.scratch)] = (job, given, tries)
+        try:
+            self.running[self.pool.submit(work, job, given, self.scratch)] = (job, given, tries)
+        except BrokenProcessPool:  # a process died since the last job ended
+            self._begin_again([(job, given, tries)])
 
     def done(self) -> list[tuple[Job, Files]]:
         ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
@@ -99,9 +102,7 @@ class Processes:
 
     def _pool(self) -> ProcessPoolExecutor:
         how = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(
-            self.slots, mp_context=how, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        return ProcessPoolExecutor(self.slots, mp_context=how)
 
 
 class OnRay:
