@@ -63,7 +63,7 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, weights: Path, progress: 
     begun, test_accuracy = time.process_time(), None
     model: Any = cell.model
     if cell.weights == "trained":
-        model, test_accuracy = trained(cell.model, name, effort.seed, weights, progress)
+        model, test_accuracy = trained(cell.model, name, effort.seed, weights, progress, effort.device)
     data, _ = dataset(name)
     attack = cell.make(effort.iterations)
     scene = Scene(

@@ -163,16 +163,19 @@ def dataset(name: str) -> tuple[Dataset, Examples]:
     return replace(data, train=data.train.take(slice(split, None))), data.train.take(slice(split))
 
 
-def trained(model: str, name: str, seed: int, folder: Path, progress: Progress) -> tuple[nn.Module, float]:
+def trained(
+    model: str, name: str, seed: int, folder: Path, progress: Progress, device: str = "cpu"
+) -> tuple[nn.Module, float]:
     """`model` after its training on data `name`, and its accuracy on test images; kept in `folder`."""
     target, (data, examples) = TARGETS[model], dataset(name)
     start = torch_stream(seed, "inversion", model, "start")
     net = models.build(model, data.input_shape, data.num_classes, start)
-    path = folder / f"{model}-{name}-{target.steps}-{target.lr}-{seed}.pt"
+    path = folder / f"{model}-{name}-{target.steps}-{target.lr}-{seed}-{torch.device(device).type}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
     else:
-        train(net, examples, target, torch_stream(seed, "inversion", model, "batches"), progress)
+        train(net.to(device), examples, target, torch_stream(seed, "inversion", model, "batches"), progress)
+        net.cpu()
         kept = {"state": net.state_dict(), "accuracy": accuracy(net, data.test)}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda p: torch.save(kept, p))
@@ -186,8 +189,9 @@ def train(
     """SGD with momentum 0.9 on minibatches drawn with `rng`; BatchNorm learns its statistics."""
     optimiser = torch.optim.SGD(net.parameters(), lr=target.lr, momentum=0.9)
     net.train()
+    device = next(net.parameters()).device
     for step in range(target.steps):
-        batch = data.take(torch.randint(len(data), (size,), generator=rng))
+        batch = data.take(torch.randint(len(data), (size,), generator=rng)).to(device)
         loss = cross_entropy(net(batch.x), batch.y).mean()
         optimiser.zero_grad()
         loss.backward()

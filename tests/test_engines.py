@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from fltoolkit import models
+from fltoolkit.checks import check_device
 from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
-from fltoolkit.training.engines import ENGINES, choose, looped
+from fltoolkit.training.engines import ENGINES, choose, graphed, looped
 from fltoolkit.training.engines.fused import _DescendingLinear
 from fltoolkit.types import Examples, Layout, LocalSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Every engine but the one made for CPUs is held to the plain loop there too."""
 
 
 def plain_loop(model, params, data, local, rngs):
@@ -128,6 +132,8 @@ def assert_plain(engine, model, recipe):
     expected = plain_loop(net, params, data, local, rngs())
     assert expected.abs().max() > 1e-3
     assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+    if DEVICE != "cpu" and engine != "compiled":
+        assert_same_on_the_gpu(engine, net, shape, data, local, expected)
     assert torch.equal(params, before)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), kept.parameters(), strict=True))
 
@@ -136,6 +142,43 @@ def assert_plain(engine, model, recipe):
 def test_a_large_batch_in_pieces_is_the_batch(recipe, monkeypatch):
     monkeypatch.setattr(looped, "PIECE", 4)
     assert_plain("looped", "cnn", recipe)
+    monkeypatch.setattr(graphed, "AT_ONCE", 15)
+    assert_plain("graphed", "cnn", recipe)
+
+
+def test_programs_kept_from_round_to_round_start_from_nothing():
+    """One engine for two cohorts of other sizes, starts and batches."""
+    build, shape = builders()["cnn"]
+    net = build()
+    engine, params = choose(net, cross_entropy, shape, "graphed"), Layout.of(net).row(net)
+    for local in (RECIPES["both"], RECIPES["momentum"]):
+        for sizes, scale in (((7, 1, 12, 4, 12), 1.0), ((12, 12, 3, 2, 8), 0.9), ((5, 4), 1.1)):
+            start, data = params * scale, clients(shape, 4, sizes)
+
+            def rngs(data=data):
+                return [np.random.default_rng(k) for k in range(len(data))]
+
+            rows = engine(start, data, local, rngs())
+            expected = plain_loop(net, start, data, local, rngs())
+            assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+
+
+def test_a_convolution_is_the_product_over_its_windows():
+    """Forward and backward, in double precision, with and without bias and padding."""
+    for padding, bias, size in (((1, 2), True, (3, 5)), ((0, 0), False, (2, 2)), ((2, 2), True, (5, 5))):
+        torch.manual_seed(1)
+        plain = nn.Sequential(nn.Conv2d(2, 3, size, padding=padding, bias=bias)).double()
+        flat = copy.deepcopy(plain)
+        graphed.flatten_convolutions(flat)
+        assert type(flat[0]) is not nn.Conv2d
+        x = torch.randn(4, 2, 7, 6, dtype=torch.double, requires_grad=True)
+        weight = torch.randn_like(plain(x))
+        found = [torch.autograd.grad((m(x) * weight).sum(), [x, *m.parameters()]) for m in (plain, flat)]
+        assert torch.allclose(plain(x), flat(x), atol=1e-12)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found, strict=True))
+    strided = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(3, 3, 1, padding=1))
+    graphed.flatten_convolutions(strided)
+    assert all(type(m) is nn.Conv2d for m in strided)
 
 
 def test_layers_that_mix_a_batch_are_not_cut():
@@ -159,7 +202,7 @@ def lines(sizes, tokens=7, length=9):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("engine", ["looped", "vmapped"])
+@pytest.mark.parametrize("engine", ["looped", "vmapped", "graphed"])
 def test_engine_trains_language_models_as_the_plain_loop(engine, recipe):
     """Two peephole layers over lines of unequal length; looped skips the padding, the plain loop does not."""
     torch.manual_seed(3)
@@ -176,6 +219,20 @@ def test_engine_trains_language_models_as_the_plain_loop(engine, recipe):
     expected = plain_loop(net, params, data, local, rngs())
     assert expected.abs().max() > 1e-3
     assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+    if DEVICE != "cpu":
+        assert_same_on_the_gpu(engine, net, (9,), data, local, expected)
+
+
+def assert_same_on_the_gpu(engine, net, shape, data, local, expected):
+    """Three times, the last from programs that are recorded by then."""
+    check_device(DEVICE)
+    net = copy.deepcopy(net).to(DEVICE)
+    data = [Examples(d.x.to(DEVICE), d.y.to(DEVICE)) for d in data]
+    params = Layout.of(net).row(net)
+    trained = choose(net, cross_entropy, shape, engine)
+    for _ in range(3):
+        rows = trained(params, data, local, [np.random.default_rng(k) for k in range(len(data))]).cpu()
+        assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
 
 
 def test_peephole_layer_is_its_equations_step_by_step():
@@ -229,10 +286,13 @@ def test_a_cohort_leaves_no_copy_of_the_model_behind():
     assert left == []
 
 
-def test_vmapped_refuses_what_draws_random_numbers():
+def test_programs_over_clients_refuse_what_draws_random_numbers():
     drops = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(9, 4))
-    with pytest.raises(InputError, match="engine 'vmapped' cannot train this model: its forward pass draws"):
-        choose(drops, cross_entropy, (1, 3, 3), "vmapped")
+    for name in ("vmapped", "graphed"):
+        with pytest.raises(
+            InputError, match=f"engine '{name}' cannot train this model: its forward pass draws"
+        ):
+            choose(drops, cross_entropy, (1, 3, 3), name)
     assert choose(drops, cross_entropy, (1, 3, 3)).name == "looped"
 
 
@@ -242,4 +302,4 @@ def test_every_engine_trains_something_here():
         for e in ENGINES
     }
     assert able["batched"] == ["2nn", "mlp", "softmax", "narrow"]
-    assert able["looped"] == able["vmapped"] == list(builders())
+    assert able["looped"] == able["vmapped"] == able["graphed"] == list(builders())

@@ -12,11 +12,12 @@ from fltoolkit.errors import InputError, unknown
 from fltoolkit.training.engines.base import Engine
 from fltoolkit.training.engines.batched import Batched
 from fltoolkit.training.engines.compiled import Compiled
+from fltoolkit.training.engines.graphed import Graphed
 from fltoolkit.training.engines.looped import Looped
 from fltoolkit.training.engines.vmapped import Vmapped
 from fltoolkit.types import Loss
 
-ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Compiled, Batched, Looped, Vmapped)}
+ENGINES: dict[str, type[Engine]] = {e.name: e for e in (Compiled, Batched, Looped, Vmapped, Graphed)}
 AUTO = "auto"
 
 
@@ -24,7 +25,7 @@ def choose(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], name: str
     """The engine called `name`, or the fastest that can train `model`; InputError where it cannot.
 
     Fully connected networks run in compiled kernels on a CPU, elsewhere as batched matrix products. Of the
-    rest, CPUs run one client a thread; other devices run all clients as one vmapped program.
+    rest, CPUs run one client a thread; GPUs run all clients as one recorded program.
     """
     if name != AUTO:
         if name not in ENGINES:
@@ -34,6 +35,6 @@ def choose(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], name: str
             raise InputError(f"engine {name!r} cannot train this model: {reason}")
         return ENGINES[name](model, loss)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    order = (Compiled, Batched, Looped) if on_cpu else (Batched, Vmapped, Looped)
+    order = (Compiled, Batched, Looped) if on_cpu else (Graphed, Looped)
     able = [e for e in order if e.refuses(model, loss, input_shape) is None]
     return able[0](model, loss)

@@ -131,12 +131,12 @@ def join_with_pool(model: nn.Module, names: Collection[str]) -> None:
     for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
         for i in range(len(chain) - 2):
             conv, relu, pool = chain[i], chain[i + 1], chain[i + 2]
-            if id(conv) in wanted and _slides(conv) and type(relu) is nn.ReLU and _halves(pool):
+            if id(conv) in wanted and slides(conv) and type(relu) is nn.ReLU and _halves(pool):
                 conv.__class__ = _PooledConv2d
                 chain[i + 1], chain[i + 2] = nn.Identity(), nn.Identity()
 
 
-def _slides(layer: nn.Module) -> bool:
+def slides(layer: nn.Module) -> bool:
     """Whether a layer is a plain convolution with stride 1."""
     if type(layer) is not nn.Conv2d or isinstance(layer.padding, str):
         return False

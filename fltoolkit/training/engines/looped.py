@@ -90,9 +90,11 @@ class _Worker:
         self, model: nn.Module, loss: Loss, layout: Layout, local: LocalSpec, once: frozenset[str]
     ) -> None:
         self.loss, self.layout, self.local, self.source = loss, layout, local, model
-        self.model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = deepcopy(model)
+        if next(model.parameters()).device.type == "cpu":
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         named = dict(self.model.named_parameters())
-        self.params = [named[n] for n in layout.names]
+        self.params: list[Tensor] = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
         self.piece = PIECE if separable(self.model) else None
@@ -123,7 +125,7 @@ class _Worker:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         """w ← w − η v, v ← μ v + g + λ w. A fused layer gives no gradient: it has taken its step."""
-        if x.dim() == 4:
+        if x.dim() == 4 and x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)
         found = self._gradient(x, y)
         with torch.no_grad():
