@@ -175,8 +175,7 @@ def trained(
         kept = torch.load(path, weights_only=True)
     else:
         train(net.to(device), examples, target, torch_stream(seed, "inversion", model, "batches"), progress)
-        net.cpu()
-        kept = {"state": net.state_dict(), "accuracy": accuracy(net, data.test)}
+        kept = {"accuracy": accuracy(net, data.test), "state": net.cpu().state_dict()}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda p: torch.save(kept, p))
     net.load_state_dict(kept["state"])
@@ -204,6 +203,7 @@ def accuracy(net: nn.Module, test: Examples | None) -> float:
     """The share of the first test images that the model gets right."""
     if test is None:
         return float("nan")
+    device = next(net.parameters()).device
     with evaluating(net):
-        guesses: list[Tensor] = [net(x).argmax(1) for x in test.x[:TESTED].split(250)]
+        guesses: list[Tensor] = [net(x.to(device)).argmax(1).cpu() for x in test.x[:TESTED].split(250)]
     return float((torch.cat(guesses) == test.y[:TESTED]).float().mean())
