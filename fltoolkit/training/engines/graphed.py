@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from math import ceil
+from math import ceil, gcd
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fltoolkit.training.engines import recurrent
 from fltoolkit.training.engines.base import Engine, Stacked, draws, in_callers_order, most_first
 from fltoolkit.training.engines.fused import slides
 from fltoolkit.training.engines.looped import separable
@@ -43,6 +44,7 @@ class Graphed(Engine):
         super().__init__(model, loss)
         self.separable = separable(model)
         self.flat = deepcopy(model)
+        recurrent.speed_up_vmapped(self.flat)
         if self.separable:
             flatten_convolutions(self.flat)
         self.kept: dict[Shape, _Cohort] = {}
@@ -188,43 +190,60 @@ class Recorded:
 class _Product(torch.autograd.Function):
     """A convolution with stride 1 as a matrix product over its windows, and so its backward pass.
 
-    Images keep their channels last in memory, so that a window's rows are contiguous.
+    Images keep their channels last in memory, so that a window's rows are contiguous. Returns the windows
+    too, for the backward pass.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
-        windows, (n, h, w) = _windows(x, weight, padding)
-        return torch.addmm(bias, windows, _kernels(weight).t()).view(n, h, w, -1).permute(0, 3, 1, 2)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        windows = _windows(x.permute(0, 2, 3, 1), weight.shape[2:], padding)
+        n, h, w = windows.shape[:3]
+        out = torch.addmm(bias, windows.reshape(n * h * w, -1), _kernels(weight).t())
+        return out.view(n, h, w, -1).permute(0, 3, 1, 2), windows
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x, weight, _, ctx.padding = inputs
-        ctx.save_for_backward(x, weight)
+        _, weight, _, ctx.padding = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, output[1])
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        windows, _ = _windows(x, weight, ctx.padding)
-        flat = d.permute(0, 2, 3, 1).reshape(-1, d.shape[1])
-        gw = (flat.t() @ windows).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+    def backward(ctx, d: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        weight, windows = ctx.saved_tensors
+        n, h, w = windows.shape[:3]
+        d = d.permute(0, 2, 3, 1).reshape(n * h * w, -1)
+        groups = gcd(n, GROUPS)
+        by_group = d.view(groups, -1, d.shape[1]).transpose(1, 2) @ windows.view(groups, len(d) // groups, -1)
+        gw = by_group.sum(0).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
         gx = None
         if ctx.needs_input_grad[0]:
-            turned = weight.flip(2, 3).transpose(0, 1)
-            around = (weight.shape[2] - 1 - ctx.padding[0], weight.shape[3] - 1 - ctx.padding[1])
-            back, (n, h, w) = _windows(d, turned, around)
-            gx = (back @ _kernels(turned).t()).view(n, h, w, -1).permute(0, 3, 1, 2)
-        return gx, gw, flat.sum(0), None
+            gx = _unwindowed((d @ _kernels(weight)).view(windows.shape), ctx.padding).permute(0, 3, 1, 2)
+        return gx, gw, d.sum(0), None
 
 
-def _windows(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int]]:
-    """Every window of x `[n, c, h, w]` as a row, `[n h' w', k k c]`, and (n, h', w')."""
-    around = (0, 0, padding[1], padding[1], padding[0], padding[0])
-    padded = nn.functional.pad(x.permute(0, 2, 3, 1), around)
-    cut = padded.unfold(1, weight.shape[2], 1).unfold(2, weight.shape[3], 1)
-    n, h, w, c, *kernel = cut.shape
-    return cut.permute(0, 1, 2, 4, 5, 3).reshape(n * h * w, kernel[0] * kernel[1] * c), (n, h, w)
+GROUPS = 20
+"""Examples of a client whose kernel gradients are summed at the end: as many products keep a GPU busy."""
+
+
+def _windows(x: Tensor, kernel: Sequence[int], padding: tuple[int, int]) -> Tensor:
+    """Every window of x `[n, h, w, c]`, `[n, h', w', k, k, c]`."""
+    padded = nn.functional.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    return padded.unfold(1, kernel[0], 1).unfold(2, kernel[1], 1).permute(0, 1, 2, 4, 5, 3).contiguous()
+
+
+def _unwindowed(windows: Tensor, padding: tuple[int, int]) -> Tensor:
+    """What each place of an image gets from the windows that hold it; the transpose of `_windows`."""
+    n, h, w, high, wide, c = windows.shape
+    rows = windows.new_zeros(n, h, w + wide - 1, high, c)
+    for j in range(wide):
+        rows[:, :, j : j + w] += windows[:, :, :, :, j]
+    image = windows.new_zeros(n, h + high - 1, w + wide - 1, c)
+    for i in range(high):
+        image[:, i : i + h] += rows[:, :, :, i]
+    top, left = padding
+    return image[:, top : image.shape[1] - top, left : image.shape[2] - left]
 
 
 def _kernels(weight: Tensor) -> Tensor:
@@ -236,7 +255,7 @@ class _FlatConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padding: tuple[int, int] = self.padding  # type: ignore[assignment]
         bias = self.weight.new_zeros(self.out_channels) if self.bias is None else self.bias
-        result: Tensor = _Product.apply(x, self.weight, bias, padding)
+        result: Tensor = _Product.apply(x, self.weight, bias, padding)[0]
         return result
 
 
