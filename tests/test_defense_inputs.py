@@ -272,7 +272,7 @@ def soft_loop(model, params, data, local, rngs):
 
 
 SOFT = {"2nn": (1, 8, 8), "softmax": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (3, 8, 8)}
-ANY_MODEL = ("looped", "vmapped")
+ANY_MODEL = ("looped", "vmapped", "graphed")
 
 
 @pytest.mark.parametrize("name", DEFENSES)

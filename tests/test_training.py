@@ -148,7 +148,7 @@ def failing_clients():
     return data
 
 
-@pytest.mark.parametrize("engine", ["compiled", "batched", "looped", "vmapped"])
+@pytest.mark.parametrize("engine", ["compiled", "batched", "looped", "vmapped", "graphed"])
 def test_clients_that_fail_are_left_out_and_the_weights_renormalised(engine):
     t = task(LocalSpec(1, 2, 0.3), stop_on_failure=False, engine=engine)
     outcome = run_round(t, start(t), range(6), failing_clients(), 1)
