@@ -4,8 +4,10 @@ Search the inputs whose features, what enters the last layer, are those that the
 the batch: the last layer's gradient is unmixed by the labels (`fltoolkit/inversion/unmixing.py`). The idea of
 inverting features that a gradient gives away is that of Kariyappa et al. 2022, arXiv:2209.05578, there found
 by independent component analysis; the rest is no paper's. Features are far fewer numbers than a gradient,
-which leaves more to what is believed of images: the search starts at gray and moves as natural images vary,
-by L-BFGS in their spectrum, with little colour, little total variation, inside the range.
+which leaves more to what is believed of images: the search starts near gray and moves as natural images vary,
+by L-BFGS in their spectrum, with little colour, little total variation, inside the range. Several searches
+from different starts agree on what the features decide; on the rest their mean is the better guess, and the
+last search starts from it.
 
 Deep networks of ReLUs make the match of whole gradients rough, that of features smooth and three times
 cheaper. Local training is played again on what was found, in the order of labels that explains the update
@@ -32,7 +34,7 @@ from fltoolkit.inversion.diagnosis import diagnose
 from fltoolkit.inversion.labels import infer
 from fltoolkit.inversion.labels.layer import layer_names
 from fltoolkit.inversion.lbfgs import LBFGS
-from fltoolkit.inversion.prior import Outside, Prior, total_variation
+from fltoolkit.inversion.prior import Outside, Prior, colour_variation
 from fltoolkit.inversion.spectrum import Spectrum
 from fltoolkit.inversion.unmixing import FeatureSearch, unmixing
 from fltoolkit.types import Observation, Reconstruction
@@ -42,20 +44,24 @@ from fltoolkit.types import Observation, Reconstruction
 class Features(Attack):
     """Match the features of each class under a prior of natural images.
 
-    steps: evaluations in all: of the objective, line searches included, and of local steps played again.
-    turns: into how many parts the search falls, with local training played again before each. orders: of
-    labels that are tried where a client took several steps, all of them where there are no more. history:
-    L-BFGS pairs. spectrum, chroma: as in `Spectrum`. tv: weight of total variation.
+    steps: evaluations in all, an evaluation being a pass of the whole batch through the model and back: of
+    the objective, line searches included, and of local training played again. turns: into how many parts the
+    search falls, with local training played again before each. members: searches in each turn but the last.
+    disturb: standard deviation of the natural noise on their starts, as a part of the input range. orders:
+    of labels that are tried where a client took several steps, all of them where there are no more. history:
+    L-BFGS pairs. spectrum, chroma: as in `Spectrum`. tv: weight of total variation in `colour_variation`.
     outside: of the mean squared distance from the input range. labels: how labels are inferred where they are
     unknown. adapt: take the defenses into account.
     """
 
     name: ClassVar[str] = "features"
     steps: int = 600
-    turns: int = 3
+    turns: int = 2
+    members: int = 4
+    disturb: float = 0.1
     orders: int = 24
     history: int = 50
-    spectrum: float = 1.5
+    spectrum: float = 1.7
     chroma: float = 0.3
     tv: float = 1.0
     outside: float = 1000.0
@@ -63,8 +69,9 @@ class Features(Attack):
     adapt: bool = True
 
     def __post_init__(self) -> None:
-        for option in ("steps", "turns", "orders", "history"):
+        for option in ("steps", "turns", "members", "orders", "history"):
             require(getattr(self, option) >= 1, option, ">= 1", getattr(self, option))
+        require(self.disturb >= 0, "disturb", ">= 0", self.disturb)
         require(0 <= self.spectrum <= 2, "spectrum", "in 0..2", self.spectrum)
         require(0 < self.chroma <= 1, "chroma", "in (0, 1]", self.chroma)
         require(self.tv >= 0, "tv", ">= 0", self.tv)
@@ -83,7 +90,8 @@ class Features(Attack):
         most = max(self.turns, self.steps - replay.planned(self.turns + 1))
         for turn in range(self.turns):
             goal.wanted = goal.features(x).detach() + replay.unexplained(x, blind)[0]
-            x, losses, used = self._descend(goal, x, most * (turn + 1) // self.turns - spent)
+            starts = x[None] if turn == self.turns - 1 else self._disturbed(x, o.input_range, rng)
+            x, losses, used = self._descend(goal, starts, most * (turn + 1) // self.turns - spent)
             trace, spent = trace + losses, spent + used
         left = replay.unexplained(x, blind)[1]
         return Reconstruction(
@@ -103,20 +111,29 @@ class Features(Attack):
     def _priors(self, o: Observation) -> list[tuple[float, Prior]]:
         low, high = o.input_range
         wide = high - low
-        return [(self.tv / wide, total_variation), (self.outside / wide**2, Outside(low, high))]
+        return [(self.tv / wide, colour_variation), (self.outside / wide**2, Outside(low, high))]
 
-    def _descend(self, goal: FeatureSearch, x: Tensor, most: int) -> tuple[Tensor, list[Tensor], int]:
-        """The inputs `[S, *shape]` after at most so many evaluations (one iteration at least), the mean
-        objective after each iteration, and the evaluations made."""
-        z = x.flatten(1)
-        metric = Spectrum(tuple(x.shape[1:]), z.shape[1], self.spectrum, self.chroma)
+    def _disturbed(self, x: Tensor, within: tuple[float, float], rng: torch.Generator) -> Tensor:
+        """`members` copies of x `[S, *shape]` with noise that varies as images do, `[members, S, *shape]`."""
+        shape, n = tuple(x.shape[1:]), x[0].numel()
+        white = torch.randn(self.members * len(x), n, generator=rng).to(x)
+        noise = Spectrum(shape, n, self.spectrum / 2, self.chroma)(white)
+        noise *= self.disturb * (within[1] - within[0]) / noise.std()
+        return x + noise.view(self.members, *x.shape)
+
+    def _descend(self, goal: FeatureSearch, starts: Tensor, most: int) -> tuple[Tensor, list[Tensor], int]:
+        """The mean of the inputs `[S, *shape]` to which all starts `[members, S, *shape]` lead by at most so
+        many evaluations (one iteration at least), the mean objective after each iteration, and the
+        evaluations made, in batches of S."""
+        z, inputs = starts.flatten(0, 1).flatten(1), starts.shape[1]
+        metric = Spectrum(tuple(starts.shape[2:]), z.shape[1], self.spectrum, self.chroma)
         search, losses = LBFGS(goal, z, self.history, metric), list[Tensor]()
-        while not losses or search.evaluations < most * len(z):
+        while not losses or search.evaluations < most * inputs:
             search.step()
             losses.append(search.loss.mean().cpu())
             if search.stalled.all():
                 break
-        return search.z.view_as(x), losses, -(-search.evaluations // len(z))
+        return search.z.view_as(starts).mean(0), losses, -(-search.evaluations // inputs)
 
 
 class _Replay:
@@ -139,8 +156,8 @@ class _Replay:
         self._orders = _orders(len(y), orders, rng) if self._steps > 1 else [torch.arange(len(y))]
 
     def planned(self, times: int) -> int:
-        """Local steps that so many calls of `unexplained` play."""
-        return self._steps * (len(self._orders) + times - 1)
+        """How often so many calls of `unexplained` play local training."""
+        return len(self._orders) + times - 1
 
     def unexplained(self, x: Tensor, blind: bool) -> tuple[Tensor, Tensor]:
         """The features `[m, features]` that the update has beyond that of the inputs x `[m, *shape]`, one a
@@ -162,7 +179,7 @@ class _Replay:
         """The features as they would be seen of a client with the data x, y in this order."""
         o = self.observation
         buffers = {n: b.clone() for n, b in o.model.named_buffers()}
-        self.played += self._steps
+        self.played += 1
         with torch.no_grad():
             update = self._update(o.layout.unflatten(o.params), buffers, x, y)
         return self._unmixing @ update[self._weight]

@@ -133,6 +133,7 @@ def convnet(options: argparse.Namespace) -> dict[str, Any]:
         "ours, bf16": search(BETTER, victims, data, options.seed, steps=options.iterations, precision="bf16"),
         "ours, 2/5 of it": search(BETTER, victims, data, options.seed, steps=few),
         "ours, 2/5, bf16": search(BETTER, victims, data, options.seed, steps=few, precision="bf16"),
+        "ours, features": search("features", victims, data, options.seed, steps=options.iterations),
     }
     if breaching.available():
         sides["breaching"] = rival("invertinggradients", victims, data, options.iterations, options.seed)

@@ -64,7 +64,7 @@ def test_contract(name):
     assert all(torch.equal(v, getattr(seen, k)) for k, v in before.items())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert torch.equal(found.x, attack(seen, seeded()).x)
-    assert torch.equal(found.x, attack(seen, seeded(1)).x) == (name == "features")
+    assert not torch.equal(found.x, attack(seen, seeded(1)).x)
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -9,13 +9,14 @@ import torch
 from conftest import observe, plain_gradient, tiny_model
 from torch import nn
 
+from attacks.features import Features
 from fltoolkit import models, registry
 from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import Dataset
 from fltoolkit.data.photos import three_photographs
 from fltoolkit.errors import InputError
 from fltoolkit.inversion.labels.layer import layer_names
-from fltoolkit.inversion.prior import Outside, total_variation
+from fltoolkit.inversion.prior import Outside, colour_variation, total_variation
 from fltoolkit.inversion.spectrum import Spectrum
 from fltoolkit.inversion.unmixing import FeatureSearch, unmixing
 from fltoolkit.types import Examples, Layout, LocalSpec
@@ -60,7 +61,7 @@ def test_the_search_has_the_gradient_that_autograd_has():
     loss, gradient = goal(z, torch.arange(2))
     x = z.view(2, 1, 5, 5)
     apart = (model[:3](x) - goal.wanted).square().sum(1)
-    plain = apart / (goal.wanted - model[:3](gray)).square().sum(1)
+    plain = apart / (goal.wanted - model[:3](gray)).square().sum(1).mean()
     tv = (x[..., 1:, :] - x[..., :-1, :]).abs().mean((1, 2, 3))
     tv = tv + (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
     outside = (torch.relu(-x) + torch.relu(x - 1)).square().mean((1, 2, 3))
@@ -70,7 +71,7 @@ def test_the_search_has_the_gradient_that_autograd_has():
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
     at_gray = FeatureSearch(seen, gray, [])
     at_gray.wanted = goal.wanted
-    assert torch.allclose(at_gray(gray.flatten(1), torch.arange(2))[0], torch.ones(2))
+    assert float(at_gray(gray.flatten(1), torch.arange(2))[0].mean()) == pytest.approx(1)
 
 
 def photographs(count, local, model="convnet16"):
@@ -147,9 +148,55 @@ def test_colour_is_held_back_by_a_symmetric_positive_map():
     assert (gram.diagonal() > 0).all()
     flat = Spectrum((3, 4, 4), 48, 0.0, chroma=0.5)
     gray = torch.randn(1, 1, 4, 4).expand(1, 3, 4, 4).reshape(1, 48)
-    colour = torch.cat([gray[:, :16], -gray[:, :16], 0 * gray[:, :16]], 1)
+    one = gray[:, :16]
+    warm, green = torch.cat([one, 0 * one, -one], 1), torch.cat([-one, 2 * one, -one], 1)
     assert torch.allclose(flat(gray), gray, atol=1e-6)
-    assert torch.allclose(flat(colour), colour / 4, atol=1e-6)
+    assert torch.allclose(flat(warm), warm / 4, atol=1e-6)
+    assert torch.allclose(flat(green), green / 36, atol=1e-6)
+    assert torch.equal(Spectrum((3, 4, 4), 48, 0.0)(v), Spectrum((3, 4, 4), 48, 0.0, chroma=1)(v))
+
+
+def test_variation_of_colour_is_that_along_three_axes():
+    """A slow loop over pixels; plain total variation of what has not three channels."""
+    x, axes = torch.rand(2, 1, 3, 4, 5, generator=seeded()), [(1, 1, 1), (1, 0, -1), (1, -2, 1)]
+    found, nobody = colour_variation(x, torch.zeros(2, 1), torch.arange(2)), torch.zeros(1)
+    for image, value in zip(x[:, 0], found, strict=True):
+        down, right = [], []
+        for axis, weight in zip(axes, (1, 1, 4), strict=True):
+            unit = torch.tensor(axis) / sum(a * a for a in axis) ** 0.5
+            plane = weight * torch.einsum("c,chw->hw", unit, image)
+            down += [abs(plane[i + 1, j] - plane[i, j]) for i in range(3) for j in range(5)]
+            right += [abs(plane[i, j + 1] - plane[i, j]) for i in range(4) for j in range(4)]
+        assert value == pytest.approx(float(sum(down) / len(down) + sum(right) / len(right)), rel=1e-5)
+    assert torch.equal(
+        colour_variation(x[:, :, :2], nobody, nobody), total_variation(x[:, :, :2], nobody, nobody)
+    )
+
+
+def test_several_searches_end_in_their_mean(several):
+    """Searches from two starts at once are those from either alone, and the result is their mean."""
+    seen, truth = several
+    attack = Features()
+    goal = FeatureSearch(seen, torch.full_like(truth.x, 0.5), attack._priors(seen))
+    goal.wanted = goal.features(truth.x).detach()
+    starts = attack._disturbed(torch.full_like(truth.x, 0.5), (0.0, 1.0), seeded())[:2]
+    both, losses, used = attack._descend(goal, starts, 20)
+    alone = [attack._descend(goal, s[None], 10) for s in starts]
+    assert len(losses) <= used <= 22
+    assert torch.allclose(both, torch.stack([x for x, _, _ in alone]).mean(0), atol=2e-3)
+    assert not torch.allclose(both, alone[0][0], atol=2e-2)
+
+
+def test_starts_are_disturbed_as_images_vary():
+    """By the standard deviation that was asked for, in parts of the range, and more in slow waves."""
+    x, attack = torch.rand(2, 3, 16, 16, generator=seeded()), Features(members=50, disturb=0.2)
+    noise = attack._disturbed(x, (-1.0, 3.0), seeded()) - x
+    assert noise.shape == (50, 2, 3, 16, 16)
+    assert float(noise.std()) == pytest.approx(0.8, rel=1e-3)
+    power = torch.fft.rfft2(noise).abs().square().mean((0, 1, 2))
+    assert power[0, 1] > 10 * power[0, 7]
+    green = torch.einsum("c,mschw->mshw", torch.tensor([-1.0, 2, -1]) / 6**0.5, noise)
+    assert green.square().mean() < 0.01 * noise.mean(2).square().mean()
 
 
 def test_softmax_regression_is_its_own_features():

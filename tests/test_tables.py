@@ -218,6 +218,22 @@ def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):
     assert result["lr"] == result["runs"][0]["lr"] == best["lr"]
 
 
+def test_a_probed_rate_that_diverges_later_hands_over_to_the_next():
+    def ran(index, best, ended="cap", rounds=None):
+        return search.Run(index, 10.0**index, rounds, 3, best, ended, ((3, best),), 0.1)
+
+    probes = [ran(-2, 0.5), ran(-1, 0.7), ran(0, 0.8), ran(1, 0.9, "diverged")]
+    asked = []
+
+    def train(index):
+        asked.append(index)
+        return ran(index, 0.9, "diverged" if index == 0 else "target", None if index == 0 else 20.0)
+
+    assert [r.index for r in run._best_that_lasts(probes, train)] == asked == [0, -1]
+    asked.clear()
+    assert [r.index for r in run._best_that_lasts(probes[3:], train)] == asked == [1]
+
+
 def test_diverged_rate_is_a_result(cell, tmp_path):
     train = run._train(tmp_path / "x.pt", cell, run.Effort(budget=30), 120, inf, 0.85, silent)
     assert train.ended == "diverged"

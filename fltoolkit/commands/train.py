@@ -70,7 +70,7 @@ class TrainOptions:
     )
     engine: str = flag(
         "auto",
-        "how a cohort trains: auto, compiled, batched, looped, vmapped or graphed; opacus for defenses on examples",
+        "auto, compiled, batched, looped, vmapped or graphed; opacus for defenses on examples",
         "NAME",
     )
     on_failure: str = flag("skip", "when a client fails or sends NaN: skip it, or stop", "skip|stop")

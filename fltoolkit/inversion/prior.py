@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fltoolkit.errors import InputError
+from fltoolkit.inversion.spectrum import OPPONENT
 from fltoolkit.types import Observation
 
 Prior = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +32,15 @@ def total_variation(x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1)
     right = (x[..., :, 1:] - x[..., :, :-1]).abs().flatten(1)
     return down.sum(1) / max(1, down.shape[1]) + right.sum(1) / max(1, right.shape[1])
+
+
+def colour_variation(x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
+    """Total variation of luminance, of warm against cool, and four times that of green against magenta, in
+    which natural images vary least, `[S]`; plain total variation where there are not three channels."""
+    if x.dim() != 5 or x.shape[2] != 3:
+        return total_variation(x, params, owner)
+    axes = OPPONENT * torch.tensor([[1.0], [1.0], [4.0]])
+    return total_variation(torch.einsum("ij,snjhw->snihw", axes.to(x), x), params, owner)
 
 
 def norm(x: Tensor, params: Tensor, owner: Tensor) -> Tensor:

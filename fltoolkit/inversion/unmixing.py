@@ -41,9 +41,11 @@ def unmixing(observation: Observation, labels: Tensor) -> Tensor:
 
 
 class FeatureSearch:
-    """‖h(x_s) − ĥ_s‖² / ‖ĥ_s − h(gray)_s‖² and priors, of S single inputs at once: an objective for `LBFGS`.
+    """S ‖h(x_s) − ĥ_s‖² / Σ_r ‖ĥ_r − h(gray)_r‖² and priors, of S single inputs at once: an objective for
+    `LBFGS`, whose row r is a guess at input r mod S.
 
-    wanted `[S, features]`: ĥ. gray `[S, *shape]`: where a search starts and the misfit is 1.
+    What is wrong with ĥ is as large for an input that is nearly gray as for the others, so all have one unit.
+    wanted `[S, features]`: ĥ. gray `[S, *shape]`: where the misfit is 1 on average.
     """
 
     def __init__(self, observation: Observation, gray: Tensor, priors: Sequence[tuple[float, Prior]]) -> None:
@@ -69,9 +71,9 @@ class FeatureSearch:
     def __call__(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The objective `[S]` and its gradient `[S, n]` at the flat inputs z `[S, n]`."""
         z = z.detach().requires_grad_()
-        x, wanted = z.view(-1, *self.observation.input_shape), self.wanted[rows]
-        unit = (wanted - self.at_gray[rows]).square().sum(1).clamp_min(TINY)
-        loss = (self.features(x) - wanted).square().sum(1) / unit
+        x, rows = z.view(-1, *self.observation.input_shape), rows % len(self.wanted)
+        unit = (self.wanted - self.at_gray).square().sum(1).mean().clamp_min(TINY)
+        loss = (self.features(x) - self.wanted[rows]).square().sum(1) / unit
         for weight, prior in self.priors:
             loss = loss + weight * prior(x[:, None], self.observation.params[None], rows)
         (gradient,) = torch.autograd.grad(loss.sum(), z)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import ceil, inf
@@ -43,7 +43,8 @@ class Effort:
     resolution: learning rates are 10^(i / resolution), i whole. start_lr: where the search begins. budget:
     rounds after which a learning rate counts as not reaching the target. most: learning rates a cell may
     try. probe: choose the learning rate by the accuracy after this many rounds instead of running each to
-    the target (None: run each). eval_every: rounds between evaluations.
+    the target, and the next best too where that rate diverges later (None: run each). eval_every: rounds
+    between evaluations.
     """
 
     resolution: int = 3
@@ -94,7 +95,7 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         probes, interior = search(
             lambda i, _: train(i, float(effort.probe or 1), "probe", inf), effort.start, effort.most
         )
-        runs = [train(min(probes, key=lambda r: r.order).index, inf)]
+        runs = _best_that_lasts(probes, lambda index: train(index, inf))
     best = min(runs, key=lambda r: r.order)
     result = {
         "schema": SCHEMA,
@@ -117,6 +118,17 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         leftover.unlink()
     parts.rmdir()
     return result
+
+
+def _best_that_lasts(probes: Sequence[Run], train: Callable[[int], Run]) -> list[Run]:
+    """The run of the rate that did best in its probe; where it diverges later, that of the next as well."""
+    ranked = sorted(probes, key=lambda r: r.order)
+    runs: list[Run] = []
+    for probe in [r for r in ranked if r.ended != "diverged"] or ranked[:1]:
+        runs.append(train(probe.index))
+        if runs[-1].ended != "diverged":
+            break
+    return runs
 
 
 def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | None:
