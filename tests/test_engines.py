@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,20 +148,22 @@ def test_a_large_batch_in_pieces_is_the_batch(recipe, monkeypatch):
 
 
 def test_programs_kept_from_round_to_round_start_from_nothing():
-    """One engine for two cohorts of other sizes, starts and batches."""
+    """One engine for cohorts of other sizes, starts, batches and learning rates."""
     build, shape = builders()["cnn"]
     net = build()
     engine, params = choose(net, cross_entropy, shape, "graphed"), Layout.of(net).row(net)
     for local in (RECIPES["both"], RECIPES["momentum"]):
         for sizes, scale in (((7, 1, 12, 4, 12), 1.0), ((12, 12, 3, 2, 8), 0.9), ((5, 4), 1.1)):
-            start, data = params * scale, clients(shape, 4, sizes)
-
-            def rngs(data=data):
-                return [np.random.default_rng(k) for k in range(len(data))]
-
-            rows = engine(start, data, local, rngs())
-            expected = plain_loop(net, start, data, local, rngs())
-            assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+            start, data, kept = params * scale, clients(shape, 4, sizes), []
+            for lr in (local.lr, local.lr / 5):
+                now = replace(local, lr=lr)
+                rows = engine(start, data, now, [np.random.default_rng(k) for k in range(len(data))])
+                expected = plain_loop(
+                    net, start, data, now, [np.random.default_rng(k) for k in range(len(data))]
+                )
+                assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
+                kept.append(engine.kept)
+            assert kept[0] is kept[1]
 
 
 def test_a_convolution_is_the_product_over_its_windows():

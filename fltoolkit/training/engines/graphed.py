@@ -11,6 +11,7 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from math import ceil, gcd
 
@@ -64,11 +65,11 @@ class Graphed(Engine):
         stacked = Stacked.of([data[k] for k in order], [rngs[k] for k in order])
         batches = stacked.epoch(local.batch)
         x, y = (t[:, batches[0][0]] for t in (stacked.x, stacked.y))
-        key = (tuple(x.shape), tuple(y.shape[2:]), params.numel(), local)
+        key = (tuple(x.shape), tuple(y.shape[2:]), params.numel(), replace(local, lr=0.0))
         if key not in self.kept:
             self.kept = {key: _Cohort(self, params, x, y, local)}
         cohort = self.kept[key]
-        cohort.begin(params)
+        cohort.begin(params, local.lr)
         for _ in range(local.epochs):
             for part, held in batches:
                 cohort.step(stacked.x[:, part], stacked.y[:, part], held)
@@ -84,12 +85,14 @@ class _Cohort:
         self.velocity = torch.zeros_like(self.rows) if local.momentum else self.rows[:, :0]
         self.x, self.y = torch.zeros_like(x), torch.zeros_like(y)
         self.scale = self.rows.new_zeros(x.shape[:2])
+        self.descent = self.rows.new_zeros(())
         self.programs: dict[int, Callable[[], object]] = {}
         self.buffers = {n: b.expand(len(x), *b.shape) for n, b in engine.flat.named_buffers()}
         self.gradient = vmap(grad(self._loss))
         self.pieces = max(1, ceil(x.shape[1] / max(1, AT_ONCE // len(x)))) if engine.separable else 1
 
-    def begin(self, params: Tensor) -> None:
+    def begin(self, params: Tensor, lr: float) -> None:
+        self.descent.fill_(-lr)
         self.rows.copy_(params.expand_as(self.rows))
         self.velocity.zero_()
 
@@ -122,7 +125,8 @@ class _Cohort:
                 torch._foreach_mul_(found, steps)
                 if self.local.momentum:
                     found = self._moved(count, found, steps)
-            torch._foreach_add_(weights, found, alpha=-self.local.lr)
+            for w, g in zip(weights, found, strict=True):
+                w.addcmul_(g, self.descent)
 
     def _moved(self, count: int, found: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
         """v ← μ v + found where steps is 1, and v there; 0 where it is 0."""
