@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fltoolkit import models
+from fltoolkit.checks import check_device
 from fltoolkit.data import load
 from fltoolkit.data.partition import partition
 from fltoolkit.errors import InputError
@@ -135,6 +136,7 @@ def main() -> None:
     if o.turns < 1:
         raise SystemExit(f"error: turns must be >= 1, got {o.turns}")
     try:
+        check_device(o.device)
         chosen = [c for c in CASES if o.only in c.name]
         cases = {c.name: measure(c, o.device, o.engine, o.turns, o.patience) for c in chosen}
     except InputError as e:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fltoolkit.training.engines import recurrent
-from fltoolkit.training.engines.base import Engine, Stacked, draws, in_callers_order, most_first
+from fltoolkit.training.engines.base import Stacked, in_callers_order, most_first
 from fltoolkit.training.engines.fused import slides
 from fltoolkit.training.engines.looped import separable
+from fltoolkit.training.engines.vmapped import Vmapped
 from fltoolkit.types import Examples, LocalSpec, Loss
 
 RECORDED_AT = 3
@@ -35,8 +36,8 @@ AT_ONCE = 2000
 Shape = tuple[tuple[int, ...], tuple[int, ...], int, LocalSpec]
 
 
-class Graphed(Engine):
-    """Any module that `torch.func` can differentiate. Programs and their memory are kept between rounds."""
+class Graphed(Vmapped):
+    """What `Vmapped` trains, its steps recorded. Programs and their memory are kept between rounds."""
 
     name = "graphed"
     about = "any module, all clients' steps as one CUDA graph; best on a GPU"
@@ -49,10 +50,6 @@ class Graphed(Engine):
         if self.separable:
             flatten_convolutions(self.flat)
         self.kept: dict[Shape, _Cohort] = {}
-
-    @classmethod
-    def refuses(cls, model: nn.Module, loss: Loss, input_shape: tuple[int, ...]) -> str | None:
-        return "its forward pass draws random numbers" if draws(model) else None
 
     def __call__(
         self,
