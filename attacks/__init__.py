@@ -12,6 +12,7 @@ ATTACKS = {
     "idlg": "attacks.idlg:IDLG",
     "inconsistency": "attacks.inconsistency:Inconsistency",
     "inverting": "attacks.inverting:Inverting",
+    "natural": "attacks.natural:Natural",
     "isolation": "attacks.isolation:Isolation",
     "learned": "attacks.learned:Learned",
     "sme": "attacks.sme:SME",

@@ -85,7 +85,7 @@ class DLFA(AdamInversion):
         return infer(self.labels, observation)
 
     def label_rows(self, observation: Observation, labels: Tensor, rng: torch.Generator) -> Tensor:
-        return assignments(labels, observation, self.restarts, rng)
+        return assignments(labels, observation, self.restarts, rng, sets(observation))
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
         o = observation

@@ -30,9 +30,9 @@ RATE = 0.1
 HELD_OUT = 10_000
 """The last training images belong to the victims; no model is trained on them."""
 TESTED = 2000
-ONE_STEP_ATTACKS = ("idlg", "dlg")
-"""They take an update for one gradient unless told to simulate; cells of several local steps leave them
-out."""
+LBFGS_ATTACKS = ("idlg", "dlg")
+"""They take an update for one gradient unless told to simulate; cells of several local steps leave out those
+that are not told."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -113,14 +113,14 @@ class Cell:
         """The attack with `iterations`, or with its own options where those say, or with the budget."""
         name, options = parse(self.attack)
         steps = iterations or (None if "steps" in options else self.budget)
-        restarts = self.target.restarts if name in ONE_STEP_ATTACKS and "restarts" not in options else None
+        restarts = self.target.restarts if name in LBFGS_ATTACKS and "restarts" not in options else None
         return registry.make_attack(self.attack, steps=steps, restarts=restarts)
 
     @property
     def cost(self) -> float:
         """Seconds by rough estimate, which decide the order of cells."""
         each = self.target.ms * (1 + 0.1 * self.batch) * self.recipe.steps(self.batch)
-        searches = 3 if self.attack.partition(":")[0] in ONE_STEP_ATTACKS else 1
+        searches = 3 if self.attack.partition(":")[0] in LBFGS_ATTACKS else 1
         return self.victims * self.budget * searches * each / 1000
 
     def setting(self) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def _cells(attacks: tuple[str, ...]) -> Iterator[Cell]:
 
 def _suits(cell: Cell, attacks: tuple[str, ...]) -> bool:
     """Whether the attack can work there; of the default ones, large models get those with a budget."""
-    name = cell.attack.partition(":")[0]
-    if name in ONE_STEP_ATTACKS and cell.local != "1step":
+    name, options = parse(cell.attack)
+    if name in LBFGS_ATTACKS and cell.local != "1step" and not options.get("simulate"):
         return False
     return attacks != ATTACKS or name in cell.target.iterations
 
@@ -166,8 +166,9 @@ def dataset(name: str) -> tuple[Dataset, Examples]:
 def trained(
     model: str, name: str, seed: int, folder: Path, progress: Progress, device: str = "cpu"
 ) -> tuple[nn.Module, float]:
-    """`model` after its training on data `name`, and its accuracy on test images; kept in `folder`."""
-    target, (data, examples) = TARGETS[model], dataset(name)
+    """`model` after its training on data `name`, and its accuracy on test images; kept in `folder`. A model
+    that is not in TARGETS is trained as the ConvNet is."""
+    target, (data, examples) = TARGETS.get(model, TARGETS["convnet"]), dataset(name)
     start = torch_stream(seed, "inversion", model, "start")
     net = models.build(model, data.input_shape, data.num_classes, start)
     path = folder / f"{model}-{name}-{target.steps}-{target.lr}-{seed}-{torch.device(device).type}.pt"

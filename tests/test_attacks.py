@@ -24,9 +24,10 @@ ATTACKS = {
     "inverting": "inverting:steps=150",
     "isolation": "isolation:steps=150",
     "learned": "learned:steps=30,simulations=64,hidden=16",
+    "natural": "natural:steps=150",
     "sme": "sme:steps=150",
 }
-SEARCHES = ["dlfa:tv=0", "dlg", "gradinversion:tv=0,l2=0", "idlg", "inverting:tv=0", "sme:tv=0"]
+SEARCHES = ["dlfa:tv=0", "dlg", "gradinversion:tv=0,l2=0", "idlg", "inverting:tv=0", "natural", "sme:tv=0"]
 
 
 def seeded(seed=0):

@@ -172,11 +172,12 @@ def test_layered_distance_gives_its_derivative():
 def test_assignments_are_distinct_and_keep_the_counts():
     labels = torch.tensor([3, 5, 5, 7])
     seen = observe(tiny_model(), tiny_examples(4), local=LocalSpec(2, 2, 0.1), num_classes=10)
-    rows = epochs.assignments(labels, seen, 30, seeded())
+    rows = epochs.assignments(labels, seen, 30, seeded(), 2)
     assert rows.shape == (30, 8)
     assert (rows.unflatten(1, (2, 4)).sort(2).values == labels).all()
     assert len({tuple(r.unflatten(0, (2, 2, 2)).sort(2).values.flatten().tolist()) for r in rows}) == 16
-    one = epochs.assignments(labels, replace(seen, local=LocalSpec(2, None, 0.1)), 3, seeded())
+    whole = replace(seen, local=LocalSpec(2, None, 0.1))
+    one = epochs.assignments(labels, whole, 3, seeded(), 1)
     assert one.tolist() == [labels.tolist()] * 3
     assert DLFA(restarts=30).label_rows(seen, labels, seeded()).equal(rows)
 

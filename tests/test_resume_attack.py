@@ -29,6 +29,7 @@ SEARCHES = {
     "gradinversion": "gradinversion:steps=150,restarts=3",
     "idlg": "idlg:steps=150,restarts=3,history=20",
     "inverting": "inverting:steps=400,restarts=3,tv=0,tolerance=1e-3",
+    "natural": "natural:steps=150,restarts=3,history=20",
     "sme": "sme:steps=150,restarts=3",
 }
 OTHERS = {

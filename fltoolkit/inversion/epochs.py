@@ -29,12 +29,16 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"l2": torch.square, "l1": to
 """D_inv of two such statistics, before the mean over their d values."""
 
 
+def shuffles(observation: Observation) -> bool:
+    """Whether it matters in which order a client met its examples: it took several batches an epoch."""
+    local = observation.local
+    return local is not None and local.batch is not None and local.batch < observation.per_client
+
+
 def sets(observation: Observation) -> int:
     """Data sets in a guess: E, or 1 where all epochs are alike, each being a single batch."""
     local = observation.local
-    if local is None:
-        return 1
-    return local.epochs if local.batch is not None and local.batch < observation.per_client else 1
+    return local.epochs if local is not None and shuffles(observation) else 1
 
 
 class EpochMatching(GradientMatching):
@@ -97,12 +101,15 @@ class Layered:
         return d
 
 
-def assignments(labels: Tensor, observation: Observation, restarts: int, rng: torch.Generator) -> Tensor:
-    """Guesses `[restarts, E N]` of which label is where: each epoch an order of the labels `[N]`.
+def assignments(
+    labels: Tensor, observation: Observation, restarts: int, rng: torch.Generator, count: int
+) -> Tensor:
+    """Guesses `[restarts, count N]` of which label is where: `count` orders of the labels `[N]`, one for each
+    epoch or one for all.
 
     Orders that differ only within batches are the same guess; guesses are different as far as they can be.
     """
-    count, found = sets(observation), dict[tuple[int, ...], Tensor]()
+    found = dict[tuple[int, ...], Tensor]()
     for _ in range(20 * restarts):
         orders = [labels[torch.randperm(len(labels), generator=rng).to(labels.device)] for _ in range(count)]
         guess = torch.cat([_sorted(y, observation) for y in orders])

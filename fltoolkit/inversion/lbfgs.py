@@ -107,6 +107,15 @@ class LBFGS:
         for name in HISTORIES:
             setattr(self, name, getattr(self, name)[index].contiguous())
 
+    def anew(self, at: Tensor, loss: Tensor, gradient: Tensor) -> None:
+        """Go on from where the rows at `at` are as from a start, the objective being another there."""
+        self.loss, self.gradient = self.loss.clone(), self.gradient.clone()
+        self.loss[at], self.gradient[at] = loss, gradient
+        self.stalled, self._fresh = self.stalled.clone(), self._fresh.clone()
+        self.stalled[at] = ~(torch.isfinite(loss) & torch.isfinite(gradient).all(1))
+        self._fresh[at] = True
+        self._forget(at)
+
     def state(self) -> dict[str, Any]:
         """All that `step` and `keep` change, not copied."""
         return {name: getattr(self, name) for name in (*ROWS, *HISTORIES, "taken", "evaluations")}
@@ -186,7 +195,7 @@ class LBFGS:
         self._fresh = (self._fresh & ~good) | failed
 
     def _forget(self, rows: Tensor) -> None:
-        """Empty the history of rows whose direction failed, so that they restart from steepest descent."""
+        """Empty the history of rows that restart from steepest descent."""
         if len(rows) == 0:
             return
         for history in (self._s, self._y, self._yy, self._diagonal):

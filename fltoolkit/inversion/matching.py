@@ -38,7 +38,8 @@ class Objective:
     through instead of reading the update as one gradient. one_by_one: evaluate guesses one after the other
     by plain autograd, which is faster where convolutions are large. compile: evaluate by one compiled
     program, which is faster where networks are small. precision: of the network's own arithmetic, "float32"
-    or "bf16"; distances are always float32.
+    or "bf16"; distances are always float32. fading: a pair like those of priors that the optimiser adds, with
+    a weight that falls (`Fading`).
     """
 
     distance: Distance = squared
@@ -47,6 +48,7 @@ class Objective:
     one_by_one: bool = False
     compile: bool = False
     precision: str = "float32"
+    fading: tuple[float, Prior] | None = None
 
 
 PRECISIONS = ("float32", "bf16")
@@ -91,7 +93,7 @@ class GradientMatching:
                 raise InputError("observations attacked together must share model, batch and input shape")
         self.owner, self.labels = owner, labels
         self._update = self._client(first)
-        self._params = torch.stack([o.params for o in observations])
+        self.params = torch.stack([o.params for o in observations])
         self._target = torch.stack([o.gradient for o in observations])
         buffers = [dict(o.model.named_buffers()) for o in observations]
         self._buffers = {n: torch.stack([b[n] for b in buffers]) for n in buffers[0]}
@@ -169,7 +171,7 @@ class GradientMatching:
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         owner = self.owner[rows]
-        return rows, self._params[owner], self._target[owner]
+        return rows, self.params[owner], self._target[owner]
 
     def _evaluate(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self._compiles:

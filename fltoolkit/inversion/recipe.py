@@ -91,7 +91,7 @@ class RecipeMatching(GradientMatching):
         for row in range(len(z)):
             at = torch.tensor([row], device=z.device)
             x, y = self.decode(z[at], at)
-            params = self._params.clone()
+            params = self.params.clone()
             found = self._updates(z[at], params, torch.zeros_like(at), x, y)
             length = self.layout.flatten({n: f.detach() for n, f in found.items()}).norm()
             z[row, -1] = UNBENT + (self._target.norm() / length).clamp(1e-6, 1e6).log()
