@@ -8,10 +8,12 @@ by L-BFGS. The prior is heavy at first, which leads past the poor minima of batc
 wherever the update is explained (`fltoolkit/inversion/fading.py`), so that it costs no sharpness in the end.
 The prior, the schedule and the search are no paper's.
 
-Local steps are run through. Where a client took several batches, which example was in which is a part of
-the guess: several orders of the labels start, and the worse half is dropped again and again.
+Local steps are run through. Labels that are in doubt, and where a client took several batches which example
+was in which, are parts of the guess: several start, and the worse half is dropped again and again. The match
+tells right ones from wrong ones far better than the last layer alone does.
 
-It suits smooth networks. The match of a network of ReLUs has jumps, before which a line search ends.
+It suits smooth networks. The match of one with ReLUs or max pooling has jumps, before which a line search
+ends.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fltoolkit.inversion.base import LBFGSInversion
 from fltoolkit.inversion.distance import Times, relative
 from fltoolkit.inversion.epochs import assignments, shuffles
 from fltoolkit.inversion.fading import Fading
-from fltoolkit.inversion.labels import infer
+from fltoolkit.inversion.labels import hypotheses, infer
 from fltoolkit.inversion.matching import GradientMatching, Objective, one_by_one_is_faster
 from fltoolkit.inversion.prior import Outside, colour_variation
 from fltoolkit.inversion.recipe import with_recipes
@@ -43,18 +45,19 @@ from fltoolkit.types import Observation, Reconstruction
 class Natural(LBFGSInversion):
     """Match the update by the most plausible images, under a prior that fades.
 
-    restarts: starts; where a client took several batches an epoch, `orders` at least, each with another order
-    of the labels. tv: weight of `colour_variation` in the first stage, beside the relative squared distance.
-    stages, fade: how many there are, and what part of its weight each leaves to the next. outside: weight of
-    the mean squared distance from the input range. spectrum, chroma: as in `Spectrum`. labels: how labels are
-    inferred where they are unknown. adapt: take the defenses into account. simulate: run several local steps
-    through instead of taking their sum for one, after an estimate of how many there were where that is
-    unknown.
+    restarts: starts; more where the labels are in doubt, up to `hypotheses`, each with other plausible ones,
+    and where a client took several batches an epoch, `orders`, each with another order of the labels. tv:
+    weight of `colour_variation` in the first stage, beside the relative squared distance. stages, fade: how
+    many there are, and what part of its weight each leaves to the next. outside: weight of the mean squared
+    distance from the input range. spectrum, chroma: as in `Spectrum`. labels: how labels are inferred where
+    they are unknown. adapt: take the defenses into account. simulate: run several local steps through instead
+    of taking their sum for one, after an estimate of how many there were where that is unknown.
     """
 
     name: ClassVar[str] = "natural"
     steps: int = 2000
     restarts: int = 4
+    hypotheses: int = 8
     orders: int = 24
     patience: int = 100
     start_std: float = 0.05
@@ -70,6 +73,7 @@ class Natural(LBFGSInversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.hypotheses >= 1, "hypotheses", ">= 1", self.hypotheses)
         require(self.orders >= 1, "orders", ">= 1", self.orders)
         require(0 < self.chroma <= 1, "chroma", "in (0, 1]", self.chroma)
         require(self.tv >= 0, "tv", ">= 0", self.tv)
@@ -81,7 +85,18 @@ class Natural(LBFGSInversion):
         return infer(self.labels, observation)
 
     def label_rows(self, observation: Observation, labels: Tensor, rng: torch.Generator) -> Tensor:
-        return assignments(labels, observation, self.restarts, rng, 1)
+        guesses = self._guesses(observation)
+        rows = labels.new_empty(self.restarts, len(labels))
+        for i, guess in enumerate(guesses[: self.restarts]):
+            share = rows[i :: len(guesses)]
+            share.copy_(assignments(guess, observation, len(share), rng, 1))
+        return rows
+
+    def _guesses(self, observation: Observation) -> Tensor:
+        """What the labels may be, `[m, N]`."""
+        if observation.labels is not None:
+            return observation.labels[None]
+        return hypotheses(self.labels, observation, self.hypotheses)
 
     def many(
         self,
@@ -98,6 +113,8 @@ class Natural(LBFGSInversion):
     ) -> list[Reconstruction]:
         """The attack on clients of one known recipe."""
         starts = max(self.restarts, self.orders) if shuffles(observations[0]) else self.restarts
+        searched = [o for o in observations if self._fixed_labels(o) is not None]
+        starts = max([starts, *(len(self._guesses(o)) for o in searched)])
         return LBFGSInversion.many(replace(self, restarts=starts), observations, rngs, progress)
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:

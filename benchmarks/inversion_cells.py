@@ -61,12 +61,12 @@ class Target:
 LARGE: dict[str, Any] = {"images": 6, "batches": (1, 4), "locals": ("1step",)}
 TARGETS: dict[str, Target] = {
     "2nn": Target("mnist", {"inverting": 1000, "idlg": 1000}, 1.5, 300, 0.05),
-    "lenet": Target("cifar10", {"inverting": 1500, "idlg": 1500}, 2.0, 1000, 0.05),
-    "cnn": Target("mnist", {"inverting": 300, "idlg": 150}, 20.0, 200, 0.02, restarts=2),
+    "lenet": Target("cifar10", {"inverting": 1500, "idlg": 1500, "natural": 1500}, 2.0, 1000, 0.05),
+    "cnn": Target("mnist", {"inverting": 300, "idlg": 150, "natural": 300}, 20.0, 200, 0.02, restarts=2),
     "convnet": Target("cifar10", {"inverting": 400}, 200.0, 200, 0.02, **LARGE),
     "resnet18": Target("cifar10", {"inverting": 300}, 500.0, 150, 0.02, **LARGE),
 }
-ATTACKS = ("idlg", "inverting")
+ATTACKS = ("idlg", "inverting", "natural")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Cell:
     def cost(self) -> float:
         """Seconds by rough estimate, which decide the order of cells."""
         each = self.target.ms * (1 + 0.1 * self.batch) * self.recipe.steps(self.batch)
-        searches = 3 if self.attack.partition(":")[0] in LBFGS_ATTACKS else 1
+        name = self.attack.partition(":")[0]
+        searches = 3 if name in LBFGS_ATTACKS else 8 if (name, self.local) == ("natural", "epoch") else 1
         return self.victims * self.budget * searches * each / 1000
 
     def setting(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _cells(attacks: tuple[str, ...]) -> Iterator[Cell]:
 
 
 def _suits(cell: Cell, attacks: tuple[str, ...]) -> bool:
-    """Whether the attack can work there; of the default ones, large models get those with a budget."""
+    """Whether the attack can work there; of the default ones, a model gets those with a budget."""
     name, options = parse(cell.attack)
     if name in LBFGS_ATTACKS and cell.local != "1step" and not options.get("simulate"):
         return False

@@ -44,7 +44,7 @@ from fltoolkit.types import Examples, LocalSpec, Observation, Reconstruction
 
 RESULT = Path(__file__).parent / "results" / "inversion_rival.json"
 KEPT = Path("runs") / "inversion-rival"
-SMOOTH = "idlg:restarts=1,spectrum=0.5,start_std=0.02,simulate=true"
+SMOOTH = "natural:restarts=1,orders=1"
 ATTACKS = {"lenet": SMOOTH, "convnet16": "features", "convnet": "features"}
 BACKTRACKS = 0.04
 """Part of an L-BFGS search's evaluations that its line search may take on top of one an iteration."""

@@ -3,9 +3,9 @@
     python benchmarks/inversion_speed.py                 # all cases; beside breaching where that is installed
     python benchmarks/inversion_speed.py --case lenet --victims 10 --json
 
-lenet: iDLG on single photographs through a sigmoid LeNet, plain and compiled. stopping: what it saves to stop
-on a plateau. convnet: a ConvNet of width 64 (--model), by iteration in float32 and bf16, and how soon a
-better schedule reaches what breaching's settings end with. fedavg: four images through four local steps.
+lenet: single photographs through a sigmoid LeNet, by iDLG and `natural`, plain and compiled. stopping: what
+it saves to stop on a plateau. convnet: a ConvNet of width 64 (--model), by iteration in float32 and bf16, and
+how soon a better schedule reaches what breaching's settings end with. fedavg: four images through four steps.
 Evaluations are timed in turn, searches one after the other; BatchNorm is frozen, labels are given where
 breaching needs them. The floor is one forward and backward pass of the network. Ratios count, and only of
 runs on a machine that does nothing else.
@@ -45,6 +45,7 @@ BETTER = "inverting:lr=0.3,decay=cosine"
 RESULT = Path(__file__).parent / "results" / "inversion_speed.json"
 IDLG = "idlg:restarts=1,steps=400,spectrum=0.5,start_std=0.02"
 PLAIN = "idlg:restarts=1,steps=2000"
+NATURAL = "natural:restarts=1,steps=250"
 GOOD_DB = 30.0
 SHOWN = 3
 COLUMNS = ("s a victim", "PSNR in dB", "above 30 dB", "evaluations", "first ones")
@@ -94,13 +95,16 @@ def rival(kind: str, victims: Victims, data: Dataset, iterations: int, seed: int
 
 
 def lenet(options: argparse.Namespace) -> dict[str, Any]:
-    """iDLG on photographs: seconds a victim, and how many come back."""
+    """Photographs: seconds a victim, and how many come back."""
     data = load("photos")
     victims = seen_by("idlg", data, "lenet", options)
     sides = {"plain search": search(PLAIN, victims, data, options.seed)}
-    sides["ours"] = search(IDLG, victims, data, options.seed)
-    sides["ours, compiled, cold"] = search(IDLG, victims, data, options.seed, compile=True)
-    sides["ours, compiled, warm"] = search(IDLG, victims, data, options.seed, compile=True)
+    sides["iDLG, spectrum"] = search(IDLG, victims, data, options.seed)
+    sides["iDLG, compiled, cold"] = search(IDLG, victims, data, options.seed, compile=True)
+    sides["iDLG, compiled, warm"] = search(IDLG, victims, data, options.seed, compile=True)
+    sides["natural"] = search(NATURAL, victims, data, options.seed)
+    sides["natural, compiled, cold"] = search(NATURAL, victims, data, options.seed, compile=True)
+    sides["natural, compiled, warm"] = search(NATURAL, victims, data, options.seed, compile=True)
     if breaching.available():
         sides["breaching"] = rival("idlg", victims, data, 2000, options.seed)
     each = per_evaluation(victims, Objective(), options.repeats, compiled=True)

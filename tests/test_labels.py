@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from fltoolkit.data import load
 from fltoolkit.errors import InputError
-from fltoolkit.inversion.labels import DEFAULT, STRATEGIES, infer, logit_gradient
+from fltoolkit.inversion.labels import DEFAULT, STRATEGIES, counts, hypotheses, infer, logit_gradient
 from fltoolkit.inversion.labels.counts import likeliest_scale, lower_bounds, noise_covariance
 from fltoolkit.inversion.labels.layer import last_layer, momentum_factor, path, scale_is_known
 from fltoolkit.inversion.labels.own import own_data
@@ -370,3 +371,45 @@ def test_rounding():
     assert nearest_on_simplex(torch.tensor([3.0, 1.0, -5.0]), 3).tolist() == [2.5, 0.5, 0.0]
     assert labels_of(torch.tensor([0, 2, 1])).tolist() == [1, 1, 2]
     assert largest_step(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-0.5, -2.0, 4.0])) == 1.0
+
+
+def test_plausible_labels_are_those_that_surprise_least():
+    """Against every number a class that there is, ranked one by one."""
+    model, data = tiny_model(), tiny_examples(3)
+    o = observe(model, data)
+    held = counts.belief(o)
+    # As if more were in doubt than is.
+    doubt = replace(
+        held, mean=torch.tensor([1.3, 0.4, 0.9, 0.4]).double(), covariance=torch.diag(torch.rand(4)).double()
+    )
+    every = [k for k in itertools.product(range(4), repeat=4) if sum(k) == 3]
+    every = [k for k in every if all(n >= b for n, b in zip(k, doubt.bounds.tolist(), strict=True))]
+    eye = 0.1 * torch.eye(4).double()
+
+    def surprise(k):
+        apart = torch.tensor(k).double() - doubt.mean
+        return float(apart @ torch.linalg.inv(doubt.covariance + eye) @ apart)
+
+    ranked = sorted(every, key=surprise)
+    first = tuple(doubt.best.tolist())
+    ranked.remove(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counts, "belief", lambda o: doubt)
+        found = [tuple(torch.bincount(y, minlength=4).tolist()) for y in counts.plausible(o, 6)]
+        many = counts.plausible(o, 1000)
+    assert found == [first, *ranked[:5]]
+    assert len(many) == 1 + sum(surprise(k) <= surprise(first) + counts.MARGIN for k in ranked)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_first_hypothesis_is_what_is_inferred(digits, name):
+    o = seen(mlp(), drawn(digits, 8, 1), LocalSpec(5, None, 0.1))
+    found = hypotheses(name, o, 5)
+    assert found[0].equal(infer(name, o))
+    assert len(found) == 1 or name == "counts"
+    assert (found.sort(1).values == found).all()
+
+
+def test_nothing_else_is_plausible_where_nothing_is_in_doubt(digits):
+    o = seen(mlp(), drawn(digits, 8, 1))
+    assert len(hypotheses("auto", o, 5)) == 1

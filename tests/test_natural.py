@@ -15,6 +15,7 @@ from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import Dataset
 from fltoolkit.data.photos import three_photographs
 from fltoolkit.inversion.fading import Fading
+from fltoolkit.inversion.labels import hypotheses
 from fltoolkit.types import Examples, LocalSpec
 
 CENTRE = torch.tensor([1.0, 2.0, -1.0])
@@ -143,6 +144,27 @@ def test_of_several_orders_the_clients_own_explains_its_update():
     losses = several.restart_losses.sort().values
     assert len(losses) == 6
     assert losses[0] < losses[1] / 4
+
+
+def test_of_plausible_labels_the_right_ones_explain_the_update(monkeypatch):
+    seen, truth = photographs(3, LocalSpec(1, None, 0.1))
+    guesses = torch.tensor([[0, 1, 3], [0, 1, 1], [0, 1, 2]])
+    monkeypatch.setattr("attacks.natural.hypotheses", lambda name, o, most: guesses[:most])
+    attack = registry.make_attack("natural:steps=60,restarts=1")
+    found = attack(seen, seeded())
+    assert found.y.tolist() == [0, 1, 2]
+    assert len(found.restart_losses) == 3
+    assert replace(attack, hypotheses=2)(seen, seeded()).y.tolist() != [0, 1, 2]
+    told = attack(replace(seen, labels=truth.y), seeded())
+    assert sorted(told.y.tolist()) == [0, 1, 2]
+    assert len(told.restart_losses) == 1
+
+
+def test_every_start_has_its_labels():
+    seen = observe(tiny_model(), tiny_examples(2), local=LocalSpec(1, 1, 0.1))
+    rows = Natural(restarts=7, hypotheses=3).label_rows(seen, torch.tensor([0, 1]), seeded())
+    guesses = [tuple(g) for g in hypotheses("auto", seen, 3).tolist()]
+    assert [tuple(sorted(r)) for r in rows.tolist()] == [guesses[i % len(guesses)] for i in range(7)]
 
 
 def test_orders_are_tried_only_where_there_are_batches():

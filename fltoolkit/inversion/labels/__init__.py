@@ -23,7 +23,7 @@ from fltoolkit.inversion.labels import counts, ilrg, llg, sign
 from fltoolkit.inversion.labels.layer import logit_gradient
 from fltoolkit.types import Observation
 
-__all__ = ["DEFAULT", "STRATEGIES", "Strategy", "infer", "logit_gradient"]
+__all__ = ["DEFAULT", "STRATEGIES", "Strategy", "hypotheses", "infer", "logit_gradient"]
 
 Strategy = Callable[[Observation], Tensor]
 
@@ -45,3 +45,11 @@ def infer(name: str, observation: Observation) -> Tensor:
     if chosen not in STRATEGIES:
         unknown("label strategy", name, [*STRATEGIES, "auto"])
     return STRATEGIES[chosen](observation)
+
+
+def hypotheses(name: str, observation: Observation, most: int) -> Tensor:
+    """The labels of `infer` and, where the strategy knows what else they may be, others, the most plausible
+    first, `[m, num_examples]` with m at most `most`."""
+    if name in ("auto", "counts"):
+        return counts.plausible(observation, most)
+    return infer(name, observation)[None]

@@ -37,6 +37,14 @@ from fltoolkit.inversion.labels.rounding import labels_of, whole
 from fltoolkit.inversion.noise_level import noise_std
 from fltoolkit.types import Observation
 
+BLUR = 0.1
+"""Variance that is added to what is believed of a number, for what no covariance knows of: an update of
+several steps is not that of one."""
+
+MARGIN = 15.0
+"""How much more surprising than the first other labels may be. Where nothing is in doubt, to move one example
+costs 2 / BLUR."""
+
 ZEROING = {"topk", "randk", "prune"}
 """Defenses that send a coordinate as 0 to say nothing about it."""
 
@@ -49,17 +57,68 @@ class Linear:
     V: Tensor
 
 
+@dataclass(frozen=True)
+class Belief:
+    """What is believed of the numbers a class: mean and covariance, what is certain, and their sum."""
+
+    mean: Tensor
+    covariance: Tensor
+    bounds: Tensor
+    number: int
+
+    @property
+    def best(self) -> Tensor:
+        """The whole numbers above the bounds that are nearest to the mean, int64 `[classes]`."""
+        return self.bounds + whole(self.mean - self.bounds, self.number - int(self.bounds.sum()))
+
+    def surprise(self, numbers: Tensor) -> Tensor:
+        """(k − mean)ᵀ (covariance + BLUR I)⁻¹ (k − mean) of each k in `numbers [m, classes]`."""
+        eye = torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+        apart = numbers.to(self.mean) - self.mean
+        solved = torch.linalg.solve(self.covariance + BLUR * eye, apart.T).T
+        return (apart * solved).sum(1)
+
+
 def counts(observation: Observation) -> Tensor:
     """Best linear estimate of the numbers a class from own data, above bounds that are certain."""
+    return labels_of(belief(observation).best)
+
+
+def plausible(observation: Observation, most: int) -> Tensor:
+    """The most plausible labels `[m, N]`, m at most `most`: those of `counts`, then others by how surprising
+    they would be, as long as that is within MARGIN of the first."""
+    held = belief(observation)
+    first = held.best
+    # Best-first search over moves of one example from a class to another; each is a row of `moves`.
+    eye = torch.eye(len(first), dtype=torch.long, device=first.device)
+    moves = (eye[:, None] - eye[None]).flatten(0, 1)
+    found, waiting = [tuple(first.tolist())], dict[tuple[int, ...], float]()
+    limit = float(held.surprise(first[None])) + MARGIN
+    at, met = first, {found[0]}
+    while len(found) < most:
+        near = at + moves[((at + moves) >= held.bounds).all(1)]
+        for k, surprise in zip(map(tuple, near.tolist()), held.surprise(near).tolist(), strict=True):
+            if k not in met and surprise <= limit:
+                met.add(k)
+                waiting[k] = surprise
+        if not waiting:
+            break
+        found.append(min(waiting, key=lambda k: waiting[k]))
+        del waiting[found[-1]]
+        at = torch.tensor(found[-1], device=first.device)
+    return torch.stack([labels_of(torch.tensor(k, device=first.device)) for k in found])
+
+
+def belief(observation: Observation) -> Belief:
+    """What the update and own data tell of the numbers a class."""
     number, layer, own = observation.num_examples, last_layer(observation), own_data(observation)
     seen = number * layer.logit_gradient
     model = Linear(own.part, noise_covariance(observation, layer, own))
-    estimate = _estimate(model, seen, number, scale_is_known(observation))
+    mean, covariance = _estimate(model, seen, number, scale_is_known(observation))
     bounds = lower_bounds(observation, layer, own)
-    rest = number - int(bounds.sum())
-    if rest < 0:
-        bounds, rest = torch.zeros_like(bounds), number
-    return labels_of(bounds + whole(estimate - bounds, rest))
+    if int(bounds.sum()) > number:
+        bounds = torch.zeros_like(bounds)
+    return Belief(mean, covariance, bounds, number)
 
 
 def lower_bounds(observation: Observation, layer: LastLayer, own: Own) -> Tensor:
@@ -107,13 +166,13 @@ def defense_noise(observation: Observation, layer: LastLayer) -> float:
     return std if layer.bias_gradient is not None else std * sqrt(layer.weight.shape[1])
 
 
-def _estimate(model: Linear, seen: Tensor, number: int, scale_known: bool) -> Tensor:
-    """k `[classes]` under the most likely factor f of 1, 2, 4, ... up to N, and scale."""
+def _estimate(model: Linear, seen: Tensor, number: int, scale_known: bool) -> tuple[Tensor, Tensor]:
+    """k `[classes]` and its covariance under the most likely factor f of 1, 2, 4, ... up to N, and scale."""
     classes = len(seen)
     eye = torch.eye(classes, dtype=seen.dtype, device=seen.device)
     multinomial = number / classes * (eye - 1 / classes)
     prior = torch.full_like(seen, number / classes)
-    best, found = -torch.inf, prior
+    best, found = -torch.inf, (prior, number * multinomial)
     for f in (2.0**i for i in range(max(1, number).bit_length())):
         covariance = model.A @ (f * multinomial) @ model.A.T + model.V
         covariance += 1e-8 * covariance.trace() / classes * eye  # entries sum to 0, so it is singular
@@ -123,7 +182,9 @@ def _estimate(model: Linear, seen: Tensor, number: int, scale_known: bool) -> Te
         evidence = -0.5 * float(surprise @ inverse @ surprise + torch.logdet(covariance))
         evidence += 0.0 if scale_known else (classes - 1) * float(torch.tensor(scale).log())
         if evidence > best:
-            best, found = evidence, prior + f * multinomial @ model.A.T @ inverse @ surprise
+            spread = f * multinomial
+            gain = spread @ model.A.T @ inverse
+            best, found = evidence, (prior + gain @ surprise, spread - gain @ model.A @ spread)
     return found
 
 
