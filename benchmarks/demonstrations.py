@@ -74,7 +74,7 @@ DEMONSTRATIONS = (
     Demonstration(
         "idlg",
         "Zhao, Mopuri, Bilen 2020, arXiv:2001.02610",
-        "With the label read off the last layer, no label is missed and more images come back than by DLG.",
+        "The label is read off the last layer, none is missed, and the image comes back.",
         "MNIST; one start each, as in the paper.",
         {"iDLG": "idlg:restarts=1", "DLG": "dlg:restarts=1"},
         "mnist",

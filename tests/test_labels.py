@@ -379,9 +379,9 @@ def test_plausible_labels_are_those_that_surprise_least():
     o = observe(model, data)
     held = counts.belief(o)
     # As if more were in doubt than is.
-    doubt = replace(
-        held, mean=torch.tensor([1.3, 0.4, 0.9, 0.4]).double(), covariance=torch.diag(torch.rand(4)).double()
-    )
+    mean, spread = torch.tensor([1.3, 0.4, 0.9, 0.4]).double(), torch.tensor([0.2, 0.7, 0.1, 0.4]).double()
+    bounds = torch.tensor([1, 0, 0, 0])
+    doubt = replace(held, mean=mean, covariance=torch.diag(spread), bounds=bounds)
     every = [k for k in itertools.product(range(4), repeat=4) if sum(k) == 3]
     every = [k for k in every if all(n >= b for n, b in zip(k, doubt.bounds.tolist(), strict=True))]
     eye = 0.1 * torch.eye(4).double()
@@ -396,9 +396,32 @@ def test_plausible_labels_are_those_that_surprise_least():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "belief", lambda o: doubt)
         found = [tuple(torch.bincount(y, minlength=4).tolist()) for y in counts.plausible(o, 6)]
+        patch.setattr(counts, "MARGIN", 3.0)
         many = counts.plausible(o, 1000)
     assert found == [first, *ranked[:5]]
-    assert len(many) == 1 + sum(surprise(k) <= surprise(first) + counts.MARGIN for k in ranked)
+    assert len(many) == 1 + sum(surprise(k) <= surprise(first) + 3 for k in ranked) < len(every)
+
+
+def test_what_is_believed_is_what_is_left_of_the_joint_distribution():
+    """Mean and covariance against conditioning the joint normal of k and N g, by its precision."""
+    rng = torch.Generator().manual_seed(0)
+    number, a = 6, torch.randn(4, 4, generator=rng).double()
+    noise = 0.3 * torch.eye(4).double()
+    seen_ = a @ torch.tensor([3.0, 2, 1, 0]).double() + 0.1
+    mean, covariance = counts._estimate(counts.Linear(a, noise), seen_, number, True)
+    close = []
+    for f in (1.0, 2.0, 4.0):
+        prior = f * number / 4 * (torch.eye(4).double() - 0.25) + 1e-9 * torch.eye(4).double()
+        joint = torch.cat(
+            [torch.cat([prior, prior @ a.T], 1), torch.cat([a @ prior, a @ prior @ a.T + noise], 1)]
+        )
+        precision = torch.linalg.inv(joint)
+        left = torch.linalg.inv(precision[:4, :4])
+        expected = number / 4 - left @ precision[:4, 4:] @ (seen_ - a @ torch.full((4,), number / 4).double())
+        close.append(
+            torch.allclose(covariance, left, atol=1e-4) and torch.allclose(mean, expected, atol=1e-4)
+        )
+    assert sum(close) == 1
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
