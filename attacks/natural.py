@@ -90,6 +90,8 @@ class Natural(LBFGSInversion):
         for i, guess in enumerate(guesses[: self.restarts]):
             share = rows[i :: len(guesses)]
             share.copy_(assignments(guess, observation, len(share), rng, 1))
+        if observation.labels is not None:
+            rows[0] = observation.labels  # in the client's own order, if whoever tells them knows it
         return rows
 
     def _guesses(self, observation: Observation) -> Tensor:

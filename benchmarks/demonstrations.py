@@ -138,7 +138,7 @@ DEMONSTRATIONS = (
         "femnist",
         "lenet",
         batch=6,
-        local=LocalSpec(2, 2, 0.1),
+        local=LocalSpec(2, 2, 0.004),
         victims=4,
     ),
     Demonstration(
@@ -150,7 +150,7 @@ DEMONSTRATIONS = (
         "femnist",
         "lenet",
         batch=4,
-        local=LocalSpec(20, None, 0.05),
+        local=LocalSpec(20, None, 0.004),
         victims=4,
     ),
 )

@@ -166,6 +166,9 @@ def test_every_start_has_its_labels(monkeypatch):
     rows = Natural(restarts=7).label_rows(seen, torch.tensor([0, 1]), seeded())
     assert [sorted(r) for r in rows.tolist()] == [guesses[i % 3].tolist() for i in range(7)]
     assert {tuple(r) for r in rows[[0, 3, 6]].tolist()} == {(0, 1), (1, 0)}
+    for told in ([0, 1], [1, 0]):
+        rows = Natural(restarts=1).label_rows(replace(seen, labels=torch.tensor(told)), rows[0], seeded())
+        assert rows.tolist() == [told]
 
 
 def test_orders_are_tried_only_where_there_are_batches():
