@@ -51,7 +51,7 @@ def test_the_program_computes_what_the_eager_step_does(form, labels):
     update = one_step(compiled.unfolded(eager._first.model), eager._first.loss)
     plain = compiled.evaluation(update, eager.layout, eager._decode, *setting.values())
     owner = eager.owner
-    found = plain(z, eager._params[owner], eager._target[owner], owner, eager.labels, {})
+    found = plain(z, eager.params[owner], eager._target[owner], owner, eager.labels, {})
     for a, b in zip(found, eager(z, rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
