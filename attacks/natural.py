@@ -30,7 +30,7 @@ from fltoolkit.errors import require
 from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import LBFGSInversion
 from fltoolkit.inversion.distance import Times, relative
-from fltoolkit.inversion.epochs import assignments, shuffles
+from fltoolkit.inversion.epochs import assignments, takes_batches
 from fltoolkit.inversion.fading import Fading
 from fltoolkit.inversion.labels import hypotheses, infer
 from fltoolkit.inversion.matching import GradientMatching, Objective, one_by_one_is_faster
@@ -114,7 +114,7 @@ class Natural(LBFGSInversion):
         self, observations: Sequence[Observation], rngs: Sequence[torch.Generator], progress: Progress
     ) -> list[Reconstruction]:
         """The attack on clients of one known recipe."""
-        starts = max(self.restarts, self.orders) if shuffles(observations[0]) else self.restarts
+        starts = max(self.restarts, self.orders) if takes_batches(observations[0]) else self.restarts
         searched = [o for o in observations if self._fixed_labels(o) is not None]
         starts = max([starts, *(len(self._guesses(o)) for o in searched)])
         return LBFGSInversion.many(replace(self, restarts=starts), observations, rngs, progress)

@@ -149,9 +149,9 @@ def _cells(attacks: tuple[str, ...]) -> Iterator[Cell]:
 
 def _suits(cell: Cell, attacks: tuple[str, ...]) -> bool:
     """Whether the attack can work there; of the default ones, a model gets those with a budget."""
-    name, options = parse(cell.attack)
-    if name in LBFGS_ATTACKS and cell.local != "1step" and not options.get("simulate"):
-        return False
+    name = cell.attack.partition(":")[0]
+    if name in LBFGS_ATTACKS and cell.local != "1step":
+        return bool(getattr(registry.make_attack(cell.attack), "simulate", False))
     return attacks != ATTACKS or name in cell.target.iterations
 
 

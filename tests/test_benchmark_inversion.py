@@ -43,6 +43,7 @@ def test_the_grid_leaves_out_what_cannot_work():
     assert {c.attack for c in cells(("gradinversion",))} == {"gradinversion"}
     assert {c.model for c in every if c.attack == "natural"} == {"lenet", "cnn"}
     assert {c.local for c in cells(("idlg:simulate=true",))} == {"1step", "5steps", "epoch"}
+    assert {c.local for c in cells(("idlg:simulate=false",))} == {"1step"}
 
 
 def test_options_in_an_attacks_name_count_and_the_flag_counts_more():

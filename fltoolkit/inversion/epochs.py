@@ -29,7 +29,7 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {"l2": torch.square, "l1": to
 """D_inv of two such statistics, before the mean over their d values."""
 
 
-def shuffles(observation: Observation) -> bool:
+def takes_batches(observation: Observation) -> bool:
     """Whether it matters in which order a client met its examples: it took several batches an epoch."""
     local = observation.local
     return local is not None and local.batch is not None and local.batch < observation.per_client
@@ -38,7 +38,7 @@ def shuffles(observation: Observation) -> bool:
 def sets(observation: Observation) -> int:
     """Data sets in a guess: E, or 1 where all epochs are alike, each being a single batch."""
     local = observation.local
-    return local.epochs if local is not None and shuffles(observation) else 1
+    return local.epochs if local is not None and takes_batches(observation) else 1
 
 
 class EpochMatching(GradientMatching):
