@@ -12,7 +12,7 @@ import torch
 
 from fltoolkit.data.dataset import Dataset
 from fltoolkit.errors import InputError
-from fltoolkit.tables import cells, figure1, run, search, show
+from fltoolkit.tables import cells, figure1, run, search, seeds, show
 from fltoolkit.types import Examples
 
 
@@ -235,28 +235,31 @@ def test_a_probed_rate_that_diverges_later_hands_over_to_the_next():
 
 
 def test_diverged_rate_is_a_result(cell, tmp_path):
-    train = run._train(tmp_path / "x.pt", cell, run.Effort(budget=30), 120, inf, 0.85, silent)
+    train = run.train_at(tmp_path / "x.pt", cell, run.Effort(budget=30), 120, inf, 0.85, silent)
     assert train.ended == "diverged"
     assert train.rounds is None
 
 
 def test_rate_that_stands_still_is_given_up(cell, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PATIENCE", 5)
-    still = run._train(tmp_path / "x.pt", cell, run.Effort(budget=60), -36, inf, 0.85, silent)
+    still = run.train_at(tmp_path / "x.pt", cell, run.Effort(budget=60), -36, inf, 0.85, silent)
     assert (still.ended, still.rounds) == ("stalled", None)
     at = still.corners[-1][0]
     assert still.ran == at + max(5, at)
-    moving = run._train(tmp_path / "y.pt", cell, run.Effort(budget=60), -6, inf, 0.85, silent)
+    moving = run.train_at(tmp_path / "y.pt", cell, run.Effort(budget=60), -6, inf, 0.85, silent)
     assert moving.ended != "stalled"
 
 
 def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     table = cells.table("table1-2nn")
 
-    def result(rounds, interior=True):
+    def ran(rounds):
+        return {"rounds": rounds, "best": 0.97, "ran": 90, "corners": [[1, 0.5], [80, 0.97]]}
+
+    def result(rounds, interior=True, seeds=()):
         return {
             **{"rounds": rounds, "interior": interior, "probes": [], "note": "", "effort": {"budget": 99}},
-            "runs": [{"rounds": rounds, "best": 0.97, "ran": 90, "corners": [[1, 0.5], [80, 0.97]]}],
+            **{"runs": [ran(rounds)], "seeds": [ran(r) for r in seeds]},
         }
 
     results = {
@@ -264,18 +267,85 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.1-B10-iid": result(60.0, interior=False),
         "2nn-C0.5-Binf-iid": result(None),
         "2nn-C0.2-B10-noniid": result(None),
+        "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0)),
+        "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
     }
     text = show.render(table, results)
     assert "300 | 316" in text
     assert "60* (5.0×) | 87 (3.6×)" in text
     assert "— | —" in text
     assert "not run | 1474 (1.0×)" in text
-    line = "4 of 20 cells run; 3 (75%) within 1.5x of the paper's rounds, 2 (67%) of the 3 for which it has"
+    assert "2000 [357, 11190] | 3275" in text
+    assert "1000 (2.0×) | 664 (4.9×)" in text
+    line = "6 of 20 cells run; 3 (50%) within 1.5x of the paper's rounds, 2 (40%) of the 5 for which it has"
     assert line in text
+    assert "2nn-C0.1-B10-noniid: 1000 rounds (2 of 3 seeds reached it), paper 664." in text
+    assert "[low, high]: the geometric mean" in text
     assert "2nn-C0.2-B10-noniid: not reached in 99 rounds, paper 619." in text
     assert "1602.05629" in text
     show.draw(table, results, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 20_000
+
+
+def test_estimate_is_the_mean_of_logarithms():
+    """A closed form: the logarithms of 100, 200, 400 have mean log 200 and deviation log 2."""
+    found = seeds.Estimate.of([100.0, 200.0, 400.0])
+    factor = 2 ** (4.302652729696142 / 3**0.5)
+    assert (found.mean, found.ci95) == (
+        pytest.approx(200),
+        (pytest.approx(200 / factor), pytest.approx(200 * factor)),
+    )
+    assert seeds.Estimate.of([77.5]) == seeds.Estimate(pytest.approx(77.5), None, 1, 1)
+    assert seeds.Estimate.of([None, 10.0]) == seeds.Estimate(pytest.approx(10), None, 1, 2)
+    assert seeds.Estimate.of([None, 10.0, None]) == seeds.Estimate(None, None, 1, 3)
+    assert seeds.Estimate.of([None]).mean is None
+
+
+def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_path, monkeypatch):
+    effort = run.Effort(budget=40, resolution=1, start_lr=0.01)
+    first = run.run_cell(cell, effort, tmp_path / "a", silent)
+    for seed in (12, 7):
+        seeds.run_seed(cell, first, seed, "cpu", tmp_path / "a", silent)
+    names = sorted(p.name for p in (tmp_path / "a" / "seeds").iterdir())
+    assert names == ["c+12.json", "c+7.json"]
+    kept = json.loads((tmp_path / "a" / "seeds" / "c+7.json").read_text(encoding="utf-8"))
+    assert (kept["effort"]["seed"], kept["run"]["lr"], kept["cell"]) == (7, first["lr"], first["cell"])
+    assert "command" in kept
+    assert "versions" in kept
+    alone = run.train_at(tmp_path / "x.pt", cell, replace(effort, seed=7), 0, inf, 0.85, silent)
+    at_seven, at_twelve = seeds.read_seeds(tmp_path / "a", "c", first)
+    assert (first["lr"], at_seven["rounds"]) == (1.0, alone.rounds)
+    assert at_twelve["rounds"] != at_seven["rounds"]
+
+    monkeypatch.setattr(seeds, "train_at", None)  # neither a kept seed nor a twin's is trained again
+    seeds.run_seed(cell, first, 7, "cpu", tmp_path / "a", silent)
+    twin = run.run_cell(replace(cell, id="d"), effort, tmp_path / "b", silent)
+    seeds.run_seed(replace(cell, id="d"), twin, 12, "cpu", tmp_path / "b", silent)
+    assert seeds.read_seeds(tmp_path / "b", "d", twin) == [at_seven, at_twelve]
+
+
+def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    cell = replace(cell, target=0.97)
+    first = run.run_cell(cell, run.Effort(budget=40, resolution=1), tmp_path, silent)
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    seeds.run_seed(cell, first, 3, "cpu", tmp_path / "whole", silent)
+
+    def killed(what, number, *args):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        seeds.run_seed(cell, first, 3, "cpu", tmp_path / "cut", killed)
+    assert [p.name for p in (tmp_path / "cut" / "seeds").iterdir()] == ["c+3.pt"]
+    numbers = []
+    seeds.run_seed(
+        cell, first, 3, "cpu", tmp_path / "cut", lambda what, number, *args: numbers.append(number)
+    )
+    (whole,), (cut,) = (seeds.read_seeds(tmp_path / f, "c", first) for f in ("whole", "cut"))
+    assert numbers[0] == 2
+    assert cut | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_figure_1_shows_that_a_shared_start_makes_averaging_work():

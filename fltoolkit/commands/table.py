@@ -30,6 +30,7 @@ class TableOptions:
     )
     eval_every: int = flag(1, "rounds between two evaluations on the test set", "N")
     seed: int = flag(0, "seed of all random streams, >= 0", "N")
+    seeds: int = flag(1, "runs of a cell at its learning rate, each with the next seed: gives intervals", "N")
     device: str = flag("cpu", "where to compute: cpu, cuda, ...", "NAME")
     out: str | None = flag(None, "folder of the results (default: runs/tables/NAME)", "DIR")
 
@@ -41,6 +42,7 @@ def run_table(name: str, o: TableOptions) -> int:
     from fltoolkit.tables import figure1, show
     from fltoolkit.tables.cells import table
     from fltoolkit.tables.run import run_cell
+    from fltoolkit.tables.seeds import run_seed
 
     effort = _effort(o)
     folder = output_folder(o.out or str(Path("runs") / "tables" / name), "table")
@@ -54,7 +56,10 @@ def run_table(name: str, o: TableOptions) -> int:
             bar = bars.setdefault(what, Bar(what, every=10.0, start=done - 1, ends=True))
             bar(done, of, text)
 
-        run_cell(cell if o.data is None else replace(cell, data=o.data), effort, folder, report)
+        wanted = cell if o.data is None else replace(cell, data=o.data)
+        result = run_cell(wanted, effort, folder, report)
+        for seed in range(o.seed + 1, o.seed + o.seeds):
+            run_seed(wanted, result, seed, o.device, folder, report)
     results = show.read_results(chosen, folder)
     print(show.render(chosen, results))
     if results:
@@ -70,7 +75,7 @@ def _effort(o: TableOptions) -> Effort:
     from fltoolkit.tables.run import Effort
 
     require(o.start_lr > 0, "start_lr", "> 0", o.start_lr)
-    for name in ("resolution", "budget", "eval_every"):
+    for name in ("resolution", "budget", "eval_every", "seeds"):
         require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
     require(o.most >= 3, "most", ">= 3, to have a learning rate on each side of the best", o.most)
     require(o.probe is None or o.probe >= 1, "probe", ">= 1", o.probe)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from math import ceil, inf
+from math import ceil, inf, log10
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,8 @@ class Effort:
     def lr(self, index: int) -> float:
         return float(10 ** (index / self.resolution))
 
-    @property
-    def start(self) -> int:
-        from math import log10
-
-        return round(log10(self.start_lr) * self.resolution)
+    def index(self, lr: float) -> int:
+        return round(log10(lr) * self.resolution)
 
 
 Report = Callable[[str, int, int, str], None]
@@ -88,12 +85,13 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
     def train(index: int, cap: float, kind: str = "run", target: float = cell.target) -> Run:
         return _kept(parts / f"{kind}{index:+d}.json", cell, effort, index, cap, target, report)
 
+    start = effort.index(effort.start_lr)
     probes: list[Run] = []
     if effort.probe is None:
-        runs, interior = search(train, effort.start, effort.most)
+        runs, interior = search(train, start, effort.most)
     else:
         probes, interior = search(
-            lambda i, _: train(i, float(effort.probe or 1), "probe", inf), effort.start, effort.most
+            lambda i, _: train(i, float(effort.probe or 1), "probe", inf), start, effort.most
         )
         runs = _best_that_lasts(probes, lambda index: train(index, inf))
     best = min(runs, key=lambda r: r.order)
@@ -164,13 +162,13 @@ def _kept(
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
         return Run(**{**content, "corners": tuple((n, a) for n, a in content["corners"])})
-    run = _train(path.with_suffix(".pt"), cell, effort, index, cap, target, report)
+    run = train_at(path.with_suffix(".pt"), cell, effort, index, cap, target, report)
     write_json(path, asdict(run))
     path.with_suffix(".pt").unlink(missing_ok=True)
     return run
 
 
-def _train(
+def train_at(
     checkpoint: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
 ) -> Run:
     """Train at one learning rate to the target, `cap`, the budget, divergence or a standstill."""
@@ -193,7 +191,9 @@ def _train(
         for step in fed.federate(federation, state, most):
             state = step.state
             at, best = _best(state)
-            report(f"{cell.id} lr {lr:.4g}", state.round, most, f"best accuracy {best:.4f}")
+            report(
+                f"{cell.id} lr {lr:.4g} seed {effort.seed}", state.round, most, f"best accuracy {best:.4f}"
+            )
             if state.round - at >= max(PATIENCE, state.round / 2):
                 ended = "stalled"
                 break

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fltoolkit.report import terminal
 from fltoolkit.tables.cells import Cell, Table, citation
+from fltoolkit.tables.seeds import Estimate, read_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Results = Mapping[str, dict[str, Any]]
-"""Cell id -> what its JSON file holds."""
+"""Cell id -> what its JSON file holds, and the runs of its other seeds under "seeds"."""
 
 NOT_RUN = "not run"
 DASH = "—"
@@ -23,8 +27,14 @@ def read_results(table: Table, folder: Path) -> Results:
     for cell in table.cells:
         path = folder / f"{cell.id}.json"
         if path.exists():
-            found[cell.id] = json.loads(path.read_text(encoding="utf-8"))
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found[cell.id] = {**result, "seeds": read_seeds(folder, cell.id, result)}
     return found
+
+
+def estimate(result: Mapping[str, Any]) -> Estimate:
+    """Rounds to the target over all seeds that were run."""
+    return Estimate.of([result["rounds"], *(r["rounds"] for r in result["seeds"])])
 
 
 def render(table: Table, results: Results) -> str:
@@ -43,19 +53,21 @@ def render(table: Table, results: Results) -> str:
 
 def _entry(cell: Cell, known: Mapping[str, Cell], results: Results) -> str:
     base = known[cell.baseline]
-    ours: float | None = None
-    if cell.id not in results:
-        text = NOT_RUN
-    else:
-        ours = results[cell.id]["rounds"]
-        text = DASH if ours is None else f"{ours:.0f}"
-        if not results[cell.id]["interior"]:
-            text += "*"
-    base_ours = results[base.id]["rounds"] if base.id in results else None
+    ours, base_ours = (estimate(results[c.id]).mean if c.id in results else None for c in (cell, base))
     is_base = cell.id == base.id
-    left = text + ("" if is_base else _speedup(base_ours, ours))
+    left = _ours(cell, results) + ("" if is_base else _speedup(base_ours, ours))
     paper = DASH if cell.paper_rounds is None else str(cell.paper_rounds)
     return f"{left} | {paper}" + ("" if is_base else _speedup(base.paper_rounds, cell.paper_rounds))
+
+
+def _ours(cell: Cell, results: Results) -> str:
+    if cell.id not in results:
+        return NOT_RUN
+    found = estimate(results[cell.id])
+    text = DASH if found.mean is None else f"{found.mean:.0f}"
+    if found.ci95 is not None:
+        text += f" [{found.ci95[0]:.0f}, {found.ci95[1]:.0f}]"
+    return text if results[cell.id]["interior"] else text + "*"
 
 
 def _speedup(base: float | None, rounds: float | None) -> str:
@@ -66,7 +78,7 @@ def _nearness(table: Table, results: Results) -> str:
     """How many cells are within a factor of the paper's, a dash agreeing with a dash only; and how many of
     those for which the paper has a number."""
     ran = [c for c in table.cells if c.id in results]
-    near = [c for c in ran if _is_near(c, results[c.id]["rounds"])]
+    near = [c for c in ran if _is_near(c, estimate(results[c.id]).mean)]
     text = (
         f"{len(ran)} of {len(table.cells)} cells run; {_part(near, ran)} within {NEAR}x of the paper's rounds"
     )
@@ -93,18 +105,31 @@ def _remarks(table: Table, results: Results) -> list[str]:
         lines.append("* the best learning rate found lies at the edge of those tried.")
     if any(r["probes"] for r in results.values()):
         lines.append("Some cells ran at one learning rate only, chosen by a short probe recorded with them.")
-    for cell in table.cells:
-        ours = results[cell.id]["rounds"] if cell.id in results else None
-        if cell.id in results and not _is_near(cell, ours):
-            budget = results[cell.id]["effort"]["budget"]
-            got = f"not reached in {budget} rounds" if ours is None else f"{ours:.0f} rounds"
-            lines.append(f"{cell.id}: {got}, paper {cell.paper_rounds or 'not reached'}.")
+    if any(r["seeds"] for r in results.values()):
+        lines.append("[low, high]: the geometric mean over several seeds stands before its 95 % interval.")
+    lines += [
+        _remark(c, results[c.id]) for c in table.cells if c.id in results and _remarkable(c, results[c.id])
+    ]
     lines += sorted({r["note"] for r in results.values() if r["note"]})
     return lines
 
 
+def _remarkable(cell: Cell, result: Mapping[str, Any]) -> bool:
+    found = estimate(result)
+    return not _is_near(cell, found.mean) or (found.seeds > 1 and found.reached < found.seeds)
+
+
+def _remark(cell: Cell, result: Mapping[str, Any]) -> str:
+    found, budget = estimate(result), result["effort"]["budget"]
+    got = f"not reached in {budget} rounds" if found.mean is None else f"{found.mean:.0f} rounds"
+    if found.seeds > 1:
+        got += f" ({found.reached} of {found.seeds} seeds reached it)"
+    return f"{cell.id}: {got}, paper {cell.paper_rounds or 'not reached'}."
+
+
 def draw(table: Table, results: Results, path: Path) -> None:
-    """Best-so-far test accuracy over rounds (logarithmic), one panel a column, one line a cell run."""
+    """Best-so-far test accuracy over rounds (logarithmic), one panel a column, one line a cell run and thin
+    ones for its other seeds."""
     from matplotlib import colormaps
 
     from fltoolkit.report.figures import GRID, INK, panels, save, tidy
@@ -119,19 +144,10 @@ def draw(table: Table, results: Results, path: Path) -> None:
             if cell.id not in results:
                 continue
             best = min(results[cell.id]["runs"], key=lambda r: (r["rounds"] or float("inf"), -r["best"]))
-            rounds, accuracy = zip(*best["corners"], strict=True)
             colour = shade(i / max(1, len(cells) - 1) * 0.9)
-            end = (best["ran"],)
-            axis.plot(
-                (*rounds, *end),
-                (*accuracy, accuracy[-1]),
-                color=colour,
-                lw=1.6,
-                label=cell.row,
-                drawstyle="steps-post",
-            )
-            if best["rounds"] is not None:
-                axis.plot(best["rounds"], cell.target, "o", color=colour, ms=4)
+            _curve(axis, best, cell.target, color=colour, lw=1.6, ms=4, label=cell.row)
+            for again in results[cell.id]["seeds"]:
+                _curve(axis, again, cell.target, color=colour, lw=0.6, ms=2)
         axis.axhline(cells[0].target, color=GRID, lw=1.2, zorder=0)
         axis.set_xscale("log")
         axis.set_ylim(max(0.0, cells[0].target - 0.15), min(1.0, cells[0].target + 0.02))
@@ -141,3 +157,20 @@ def draw(table: Table, results: Results, path: Path) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(table.title, fontsize=11, color=INK)
     save(figure, path)
+
+
+def _curve(
+    axis: Axes, run: Mapping[str, Any], target: float, color: Any, lw: float, ms: float, **more: Any
+) -> None:
+    """The best-so-far curve of one training, with a dot where it crosses the target."""
+    rounds, accuracy = zip(*run["corners"], strict=True)
+    axis.plot(
+        (*rounds, run["ran"]),
+        (*accuracy, accuracy[-1]),
+        color=color,
+        lw=lw,
+        drawstyle="steps-post",
+        **more,
+    )
+    if run["rounds"] is not None:
+        axis.plot(run["rounds"], target, "o", color=color, ms=ms)

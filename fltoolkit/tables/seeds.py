@@ -1,0 +1,85 @@
+"""A cell's learning rate run again with other seeds, which shows how far its rounds are luck.
+
+A seed draws the initial model, the partition, the cohorts and the order of examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import exp, inf, log
+from pathlib import Path
+from typing import Any
+
+from fltoolkit.metrics.interval import mean_interval
+from fltoolkit.report import document
+from fltoolkit.report.files import write_json
+from fltoolkit.tables.cells import Cell
+from fltoolkit.tables.run import Effort, Report, train_at
+
+SCHEMA = "fltoolkit.table-seed/1"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rounds to the target over `seeds` runs, of which `reached` reached it.
+
+    mean: the geometric mean over those that did; None where not even half did. ci95: of it, by Student's t
+    on the logarithms; None where a seed did not reach the target, or there is only one.
+    """
+
+    mean: float | None
+    ci95: tuple[float, float] | None
+    reached: int
+    seeds: int
+
+    @classmethod
+    def of(cls, rounds: Sequence[float | None]) -> Estimate:
+        """From the rounds of each seed, None where the target was not reached."""
+        logs = [log(r) for r in rounds if r is not None]
+        if 2 * len(logs) < len(rounds) or not logs:
+            return cls(None, None, len(logs), len(rounds))
+        found = mean_interval(logs)
+        ends = found["ci95"] if len(logs) == len(rounds) else None
+        ci95 = None if ends is None else (exp(ends[0]), exp(ends[1]))
+        return cls(exp(found["mean"]), ci95, len(logs), len(rounds))
+
+
+def run_seed(
+    cell: Cell, result: Mapping[str, Any], seed: int, device: str, folder: Path, report: Report
+) -> None:
+    """Train `cell` at the learning rate of `result` with another seed, or go on where that stopped; writes
+    FOLDER/seeds/ID+SEED.json."""
+    stem = _stem(folder, cell.id, result)
+    path = stem.with_name(f"{stem.name}+{seed}.json")
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    effort = replace(Effort(**result["effort"]), seed=seed, device=device)
+    checkpoint = path.with_suffix(".pt")
+    run = train_at(checkpoint, cell, effort, effort.index(result["lr"]), inf, cell.target, report)
+    content = {
+        "schema": SCHEMA,
+        "cell": cell.setting(),
+        "effort": asdict(effort),
+        "run": asdict(run),
+        "command": document.command_line(),
+        "versions": document.versions(),
+    }
+    write_json(path, content)
+    checkpoint.unlink(missing_ok=True)
+
+
+def read_seeds(folder: Path, cell_id: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of the cell's other seeds, by seed."""
+    stem = _stem(folder, cell_id, result)
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in stem.parent.glob(f"{stem.name}+*.json")]
+    return [f["run"] for f in sorted(found, key=lambda f: int(f["effort"]["seed"]))]
+
+
+def _stem(folder: Path, cell_id: str, result: Mapping[str, Any]) -> Path:
+    """Where the seeds of a cell lie, less the seed: with the cell that it shares its run with, if any."""
+    shared = result.get("shared_with")
+    home = folder / f"{cell_id}.json" if shared is None else folder.parent / shared
+    return home.parent / "seeds" / home.stem
