@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fltoolkit.commands.table import TableOptions, run_table
 from fltoolkit.data.dataset import Dataset
 from fltoolkit.errors import InputError
 from fltoolkit.tables import cells, figure1, run, search, seeds, show
@@ -269,6 +270,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.2-B10-noniid": result(None),
         "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0)),
         "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
+        "2nn-C1.0-B10-iid": result(70.0, seeds=(None, 70.0)),
     }
     text = show.render(table, results)
     assert "300 | 316" in text
@@ -277,9 +279,10 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "not run | 1474 (1.0×)" in text
     assert "2000 [357, 11190] | 3275" in text
     assert "1000 (2.0×) | 664 (4.9×)" in text
-    line = "6 of 20 cells run; 3 (50%) within 1.5x of the paper's rounds, 2 (40%) of the 5 for which it has"
+    line = "7 of 20 cells run; 4 (57%) within 1.5x of the paper's rounds, 3 (50%) of the 6 for which it has"
     assert line in text
     assert "2nn-C0.1-B10-noniid: 1000 rounds (2 of 3 seeds reached it), paper 664." in text
+    assert "2nn-C1.0-B10-iid: 70 rounds (2 of 3 seeds reached it), paper 70." in text
     assert "[low, high]: the geometric mean" in text
     assert "2nn-C0.2-B10-noniid: not reached in 99 rounds, paper 619." in text
     assert "1602.05629" in text
@@ -313,6 +316,9 @@ def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_
     assert "command" in kept
     assert "versions" in kept
     alone = run.train_at(tmp_path / "x.pt", cell, replace(effort, seed=7), 0, inf, 0.85, silent)
+    slower = {**first, "lr": 0.1}
+    seeds.run_seed(replace(cell, id="e"), slower, 7, "cpu", tmp_path / "a", silent)
+    assert seeds.read_seeds(tmp_path / "a", "e", slower)[0]["lr"] == pytest.approx(0.1)
     at_seven, at_twelve = seeds.read_seeds(tmp_path / "a", "c", first)
     assert (first["lr"], at_seven["rounds"]) == (1.0, alone.rounds)
     assert at_twelve["rounds"] != at_seven["rounds"]
@@ -322,6 +328,16 @@ def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_
     twin = run.run_cell(replace(cell, id="d"), effort, tmp_path / "b", silent)
     seeds.run_seed(replace(cell, id="d"), twin, 12, "cpu", tmp_path / "b", silent)
     assert seeds.read_seeds(tmp_path / "b", "d", twin) == [at_seven, at_twelve]
+
+
+def test_command_runs_the_next_seeds(cell, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cells, "table", lambda name: cells.Table(name, "Title", "", (cell,)))
+    options = TableOptions(seed=4, seeds=3, start_lr=0.01, resolution=1, budget=40, out=str(tmp_path))
+    run_table("easy", options)
+    assert sorted(p.name for p in (tmp_path / "seeds").iterdir()) == ["c+5.json", "c+6.json"]
+    assert "] | 20" in capsys.readouterr().out
+    with pytest.raises(InputError, match="seeds must be >= 1, got 0"):
+        run_table("easy", replace(options, seeds=0))
 
 
 def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
