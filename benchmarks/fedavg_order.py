@@ -42,6 +42,7 @@ from fltoolkit.types import LocalSpec
 
 CLIENTS, FRACTION, TARGET, BUDGET = 100, 0.1, 0.97, 4000
 LOCAL = LocalSpec(epochs=1, batch=10, lr=0.1)
+TICKS = (500, 1000, 2000)
 PAPER = {"iid": 87, "shards": 664}
 ORDERS: dict[str, int | None] = {
     "shuffled": None,
@@ -151,6 +152,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot([i - 0.2, i + 0.2], [r["mean"]] * 2, color=INK, lw=1.6)
     axis.axhline(PAPER["shards"], color=INK, ls=":", lw=1.2, label="McMahan et al. 2017")
     axis.set_yscale("log")
+    axis.set_yticks(TICKS, [f"{n:,}" for n in TICKS])
+    axis.minorticks_off()
     axis.set_xticks(range(len(shown)), [r["order"] for r in shown])
     axis.set_title("2NN, non-IID, C = 0.1, E = 1, B = 10", fontsize=10, color=INK)
     tidy(axis, "order of a client's examples", "rounds to 97 %")

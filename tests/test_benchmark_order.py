@@ -23,6 +23,8 @@ from fltoolkit.rng import torch_stream
 from fltoolkit.training.engines import choose
 from fltoolkit.types import Examples, Layout
 
+ROOT = Path(__file__).parents[1]
+
 
 def drawn(size, count, seed=0):
     return Buffered(np.random.default_rng(seed), size).permutation(count)
@@ -89,3 +91,14 @@ def test_a_finished_run_is_kept(tmp_path, monkeypatch):
     assert {r["seeds"] for r in result["rows"]} == {2}
     assert out.with_suffix(".png").exists()
     assert "command" in result
+
+
+def test_documentation_shows_the_committed_run():
+    text = (ROOT / "docs/fedavg-tables.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks/results/fedavg_order.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["order"] for r in rows} == set(fedavg_order.ORDERS)
+    assert render(rows) in text
+    shuffled, _, small, kept = [r["mean"] for r in rows if r["clients"] == "shards"]
+    plain = " ".join(text.split())
+    assert f"needs {kept / shuffled:.1f} times as many rounds" in plain
+    assert f"often do, {small / shuffled:.1f} times as many" in plain

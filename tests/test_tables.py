@@ -257,9 +257,15 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     def ran(rounds):
         return {"rounds": rounds, "best": 0.97, "ran": 90, "corners": [[1, 0.5], [80, 0.97]]}
 
-    def result(rounds, interior=True, seeds=()):
+    def result(rounds, interior=True, seeds=(), budget=9999):
         return {
-            **{"rounds": rounds, "interior": interior, "probes": [], "note": "", "effort": {"budget": 99}},
+            **{
+                "rounds": rounds,
+                "interior": interior,
+                "probes": [],
+                "note": "",
+                "effort": {"budget": budget},
+            },
             **{"runs": [ran(rounds)], "seeds": [ran(r) for r in seeds]},
         }
 
@@ -268,6 +274,8 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.1-B10-iid": result(60.0, interior=False),
         "2nn-C0.5-Binf-iid": result(None),
         "2nn-C0.2-B10-noniid": result(None),
+        "2nn-C0.2-B10-iid": result(None, budget=116),
+        "2nn-C0.2-Binf-iid": result(None, budget=1658),
         "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0)),
         "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
         "2nn-C1.0-B10-iid": result(70.0, seeds=(None, 70.0)),
@@ -279,12 +287,15 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "not run | 1474 (1.0×)" in text
     assert "2000 [357, 11190] | 3275" in text
     assert "1000 (2.0×) | 664 (4.9×)" in text
-    line = "7 of 20 cells run; 4 (57%) within 1.5x of the paper's rounds, 3 (50%) of the 6 for which it has"
-    assert line in text
+    line = (
+        "9 of 20 cells run, 1 for a budget too small to tell; 4 (50%) within 1.5x of the paper's rounds, 3 "
+    )
+    assert line + "(43%) of the 7 for which it has a number." in text
     assert "2nn-C0.1-B10-noniid: 1000 rounds (2 of 3 seeds reached it), paper 664." in text
     assert "2nn-C1.0-B10-iid: 70 rounds (2 of 3 seeds reached it), paper 70." in text
     assert "[low, high]: the geometric mean" in text
-    assert "2nn-C0.2-B10-noniid: not reached in 99 rounds, paper 619." in text
+    assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, paper 619." in text
+    assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, paper 1658." in text
     assert "1602.05629" in text
     show.draw(table, results, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 20_000
@@ -298,7 +309,7 @@ def test_estimate_is_the_mean_of_logarithms():
         pytest.approx(200),
         (pytest.approx(200 / factor), pytest.approx(200 * factor)),
     )
-    assert seeds.Estimate.of([77.5]) == seeds.Estimate(pytest.approx(77.5), None, 1, 1)
+    assert seeds.Estimate.of([19.5]) == seeds.Estimate(19.5, None, 1, 1)
     assert seeds.Estimate.of([None, 10.0]) == seeds.Estimate(pytest.approx(10), None, 1, 2)
     assert seeds.Estimate.of([None, 10.0, None]) == seeds.Estimate(None, None, 1, 3)
     assert seeds.Estimate.of([None]).mean is None

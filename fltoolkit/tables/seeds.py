@@ -37,13 +37,14 @@ class Estimate:
     @classmethod
     def of(cls, rounds: Sequence[float | None]) -> Estimate:
         """From the rounds of each seed, None where the target was not reached."""
-        logs = [log(r) for r in rounds if r is not None]
-        if 2 * len(logs) < len(rounds) or not logs:
-            return cls(None, None, len(logs), len(rounds))
-        found = mean_interval(logs)
-        ends = found["ci95"] if len(logs) == len(rounds) else None
+        reached = [r for r in rounds if r is not None]
+        if 2 * len(reached) < len(rounds) or not reached:
+            return cls(None, None, len(reached), len(rounds))
+        found = mean_interval([log(r) for r in reached])
+        mean = exp(found["mean"]) if len(reached) > 1 else reached[0]
+        ends = found["ci95"] if len(reached) == len(rounds) else None
         ci95 = None if ends is None else (exp(ends[0]), exp(ends[1]))
-        return cls(exp(found["mean"]), ci95, len(logs), len(rounds))
+        return cls(mean, ci95, len(reached), len(rounds))
 
 
 def run_seed(

@@ -76,14 +76,17 @@ def _speedup(base: float | None, rounds: float | None) -> str:
 
 def _nearness(table: Table, results: Results) -> str:
     """How many cells are within a factor of the paper's, a dash agreeing with a dash only; and how many of
-    those for which the paper has a number."""
+    those for which the paper has a number. Cells whose budget ended too early to tell count for neither."""
     ran = [c for c in table.cells if c.id in results]
-    near = [c for c in ran if _is_near(c, estimate(results[c.id]).mean)]
-    text = (
-        f"{len(ran)} of {len(table.cells)} cells run; {_part(near, ran)} within {NEAR}x of the paper's rounds"
-    )
-    counted = [c for c in ran if c.paper_rounds is not None]
-    if len(counted) < len(ran):
+    told = [c for c in ran if not _undecided(c, results[c.id])]
+    near = [c for c in told if _is_near(c, estimate(results[c.id]).mean)]
+    text = f"{len(ran)} of {len(table.cells)} cells run"
+    if len(told) < len(ran):
+        text += f", {len(ran) - len(told)} for a budget too small to tell"
+    if told or not ran:
+        text += f"; {_part(near, told)} within {NEAR}x of the paper's rounds"
+    counted = [c for c in told if c.paper_rounds is not None]
+    if len(counted) < len(told):
         known = [c for c in near if c.paper_rounds is not None]
         text += f", {_part(known, counted)} of the {len(counted)} for which it has a number"
     return text + "."
@@ -97,6 +100,12 @@ def _is_near(cell: Cell, ours: float | None) -> bool:
     if ours is None or cell.paper_rounds is None:
         return ours is None and cell.paper_rounds is None
     return 1 / NEAR <= ours / cell.paper_rounds <= NEAR
+
+
+def _undecided(cell: Cell, result: Mapping[str, Any]) -> bool:
+    """Whether the target was not reached in a budget that the paper's rounds, or what is near, exceed."""
+    short = cell.paper_rounds is not None and result["effort"]["budget"] < NEAR * cell.paper_rounds
+    return short and estimate(result).mean is None
 
 
 def _remarks(table: Table, results: Results) -> list[str]:
