@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings an order")
     parser.add_argument("--out", type=Path, default=Path("runs/fedavg_order.json"), help="the result")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds must be >= 1, got {options.seeds}")
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": {}}

@@ -297,6 +297,9 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, paper 619." in text
     assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, paper 1658." in text
     assert "1602.05629" in text
+    diverged = {"rounds": None, "best": 0.0, "ran": 0, "corners": []}
+    results["2nn-C0.0-B10-iid"]["seeds"].append(diverged)
+    assert "300 | 316" in show.render(table, results)
     show.draw(table, results, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 20_000
 

@@ -171,7 +171,10 @@ def draw(table: Table, results: Results, path: Path) -> None:
 def _curve(
     axis: Axes, run: Mapping[str, Any], target: float, color: Any, lw: float, ms: float, **more: Any
 ) -> None:
-    """The best-so-far curve of one training, with a dot where it crosses the target."""
+    """The best-so-far curve of one training, with a dot where it crosses the target; nothing where it
+    diverged before it was evaluated."""
+    if not run["corners"]:
+        return
     rounds, accuracy = zip(*run["corners"], strict=True)
     axis.plot(
         (*rounds, run["ran"]),
