@@ -276,6 +276,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.2-B10-noniid": result(None),
         "2nn-C0.2-B10-iid": result(None, budget=116),
         "2nn-C0.2-Binf-iid": result(None, budget=1658),
+        "2nn-C0.0-Binf-iid": result(1400.0, budget=1450),
         "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0)),
         "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
         "2nn-C1.0-B10-iid": result(70.0, seeds=(None, 70.0)),
@@ -288,9 +289,9 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "2000 [357, 11190] | 3275" in text
     assert "1000 (2.0×) | 664 (4.9×)" in text
     line = (
-        "9 of 20 cells run, 1 for a budget too small to tell; 4 (50%) within 1.5x of the paper's rounds, 3 "
+        "10 of 20 cells run, 1 for a budget too small to tell; 5 (56%) within 1.5x of the paper's rounds, 4 "
     )
-    assert line + "(43%) of the 7 for which it has a number." in text
+    assert line + "(50%) of the 8 for which it has a number." in text
     assert "2nn-C0.1-B10-noniid: 1000 rounds (2 of 3 seeds reached it), paper 664." in text
     assert "2nn-C1.0-B10-iid: 70 rounds (2 of 3 seeds reached it), paper 70." in text
     assert "[low, high]: the geometric mean" in text
