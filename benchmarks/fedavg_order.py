@@ -8,18 +8,21 @@ visits its 600 examples: shuffled anew in each round, as everywhere else in the 
 buffer that holds only some of them at a time, as input pipelines do; and as they lie, sorted by label where
 clients hold two shards each. IID clients, whose examples lie in random order, are the control. Rounds to 97 %
 test accuracy. A finished run is kept in the result, and the next start goes on behind it.
+
+    python benchmarks/fedavg_order.py --tables
+
+prints the cells of the paper's tables that were also run through a buffer of 100, by `python -m fltoolkit
+table NAME --buffer 100 --out benchmarks/results/tables/NAME-buffer-100`, beside the same ones shuffled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fltoolkit import models
 from fltoolkit.algorithms.fedavg import select_clients
@@ -32,6 +35,7 @@ from fltoolkit.report import document, terminal
 from fltoolkit.report.figures import ACCENT, INK, panels, save, tidy
 from fltoolkit.report.files import write_json
 from fltoolkit.rng import stream, torch_stream
+from fltoolkit.tables import cells, show
 from fltoolkit.tables.search import rounds_to
 from fltoolkit.tables.seeds import Estimate
 from fltoolkit.training.clients import Dealt
@@ -43,6 +47,8 @@ from fltoolkit.types import LocalSpec
 CLIENTS, FRACTION, TARGET, BUDGET = 100, 0.1, 0.97, 4000
 LOCAL = LocalSpec(epochs=1, batch=10, lr=0.1)
 TICKS = (500, 1000, 2000)
+BUFFERED = "-buffer-100"
+"""What the names of the folders end with that keep tables run through a buffer."""
 PAPER = {"iid": 87, "shards": 664}
 ORDERS: dict[str, int | None] = {
     "shuffled": None,
@@ -51,27 +57,6 @@ ORDERS: dict[str, int | None] = {
     "as they lie": 1,
 }
 """Name -> examples that the shuffle buffer holds; None: all of them."""
-
-
-class Buffered(np.random.Generator):
-    """Draws permutations by a shuffle buffer: the first `size` examples lie in it, one is drawn at random,
-    and the next example takes its place."""
-
-    def __init__(self, rng: np.random.Generator, size: int) -> None:
-        super().__init__(rng.bit_generator)
-        self.size = size
-
-    def permutation(self, x: int, axis: int = 0) -> np.ndarray:  # type: ignore[override]
-        buffer, order = list(range(min(self.size, x))), []
-        for drawn in range(x):
-            place = int(self.integers(len(buffer)))
-            order.append(buffer[place])
-            if drawn + self.size < x:
-                buffer[place] = drawn + self.size
-            else:
-                buffer[place] = buffer[-1]
-                buffer.pop()
-        return np.array(order)
 
 
 @dataclass(frozen=True)
@@ -94,14 +79,14 @@ def rounds(setting: Setting, data: Dataset, budget: int, target: float) -> tuple
     parts = partition(setting.clients, data.train.y.numpy(), CLIENTS, stream(seed, "partition"))
     clients, test = Dealt(data.train, parts), data.test
     model = models.build("2nn", data.input_shape, data.num_classes, torch_stream(seed, "model"))
-    task = Task(model, cross_entropy, LOCAL, DefenseStack([]), seed)
+    local = replace(LOCAL, buffer=ORDERS[setting.order])
+    task = Task(model, cross_entropy, local, DefenseStack([]), seed)
     engine, params = choose(model, cross_entropy, data.input_shape), task.layout.row(model)
-    size, curve = ORDERS[setting.order], []
+    curve: list[tuple[int, float]] = []
     for number in range(1, budget + 1):
         cohort = select_clients(CLIENTS, FRACTION, seed, number)
         rngs = [stream(seed, "order", number, k) for k in cohort]
-        rngs = rngs if size is None else [Buffered(r, size) for r in rngs]
-        params = params + engine(params, [clients[k] for k in cohort], LOCAL, rngs).mean(0)
+        params = params + engine(params, [clients[k] for k in cohort], local, rngs).mean(0)
         curve.append((number, evaluate(task, params, test).accuracy))
         if curve[-1][1] >= target:
             break
@@ -141,6 +126,18 @@ def render(rows: list[dict[str, Any]]) -> str:
     return terminal.table(("clients", "order", "rounds", "reached", "paper"), lines)
 
 
+def tables(results: Path) -> str:
+    """Every cell of the paper's tables that was run through a buffer of 100, beside the same one shuffled."""
+    lines = []
+    for name in cells.names():
+        table = cells.table(name)
+        shuffled, buffered = (show.read_results(table, results / f"{name}{end}") for end in ("", BUFFERED))
+        for cell in (c for c in table.cells if c.id in buffered):
+            ours = [show.ours(cell, found) for found in (shuffled, buffered)]
+            lines.append((cell.id, *ours, str(cell.paper_rounds)))
+    return terminal.table(("cell", "shuffled", "buffer of 100", "paper"), lines)
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Rounds (logarithmic) by order on the non-IID clients, each seed a dot, beside the paper's number."""
     figure, (axis,) = panels(1)
@@ -172,7 +169,11 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings an order")
     parser.add_argument("--out", type=Path, default=Path("runs/fedavg_order.json"), help="the result")
+    parser.add_argument("--tables", action="store_true", help="print the tables' cells, train nothing")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(Path(__file__).parent / "results" / "tables"))
+        return
     if options.seeds < 1:
         parser.error(f"--seeds must be >= 1, got {options.seeds}")
     out: Path = options.out

@@ -96,7 +96,8 @@ class LocalSpec:
 
     epochs: E, passes over the client's data. batch: B, examples a step; None stands for the paper's
     infinity, the whole local data set as one batch. lr: the step size η. momentum: μ in v ← μ v + g, from
-    v = 0 in each round. weight_decay: λ, g being ∇ℓ(w; b) + λ w.
+    v = 0 in each round. weight_decay: λ, g being ∇ℓ(w; b) + λ w. buffer: examples that lie in the shuffle
+    buffer from which batches are drawn, at least 1; None for all of a client's, which mixes them fully.
     """
 
     epochs: int = 1
@@ -104,6 +105,7 @@ class LocalSpec:
     lr: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    buffer: int | None = None
 
     def steps(self, num_examples: int) -> int:
         """Local steps u of a client that holds `num_examples`."""

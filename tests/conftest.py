@@ -18,6 +18,15 @@ def _steady_threads():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def two_threads():
+    """What works on several threads at once does so, also where tests run side by side on one thread each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Protected:
     """What defenses make of a round; see `fltoolkit.types.Transcript`."""

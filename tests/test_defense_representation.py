@@ -23,7 +23,7 @@ from fltoolkit.loss import cross_entropy
 from fltoolkit.models import evaluating
 from fltoolkit.rng import torch_stream
 from fltoolkit.training.engines import ENGINES, choose
-from fltoolkit.training.engines.base import draws, shuffled
+from fltoolkit.training.engines.base import draws, in_visiting_order
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 
@@ -314,7 +314,7 @@ def test_precode_trains_under_the_mean_loss_plus_beta_times_the_mean_kl(beta):
     for k, row in enumerate(rows):
         rng = np.random.default_rng(k)
         noise = drawn((len(data[k]), 5), int(rng.spawn(1)[0].integers(2**62)))
-        seen = shuffled(data[k], rng)
+        seen = in_visiting_order(data[k], LocalSpec(1, None, lr), rng)
         weights = {n: v.clone().requires_grad_() for n, v in layout.unflatten(params).items()}
         logits, kl = by_hand(model, weights, seen.x, noise)
         loss = nn.functional.cross_entropy(logits, seen.y) + beta * kl.mean()

@@ -17,11 +17,25 @@ from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import ENGINES, choose, graphed, looped
+from fltoolkit.training.engines.base import visiting
 from fltoolkit.training.engines.fused import _DescendingLinear
 from fltoolkit.types import Examples, Layout, LocalSpec
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Every engine but the one made for CPUs is held to the plain loop there too."""
+
+
+def one_by_one(count, buffer, rng):
+    """The places of a client's examples as they come out of a shuffle buffer, by moving them."""
+    if buffer is None or buffer >= count:
+        return list(rng.permutation(count))
+    waiting, lying, order = list(range(buffer, count)), list(range(buffer)), []
+    for place in rng.integers(buffer, size=count - buffer):
+        order.append(lying[place])
+        lying[place] = waiting.pop(0)
+    return order + list(rng.permutation(lying))
 
 
 def plain_loop(model, params, data, local, rngs):
@@ -33,7 +47,7 @@ def plain_loop(model, params, data, local, rngs):
         optimiser = torch.optim.SGD(
             mine.parameters(), local.lr, momentum=local.momentum, weight_decay=local.weight_decay
         )
-        batches = torch.from_numpy(rng.permutation(len(d))).split(local.batch or len(d))
+        batches = torch.tensor(one_by_one(len(d), local.buffer, rng)).split(local.batch or len(d))
         for _ in range(local.epochs):
             for b in batches:
                 optimiser.zero_grad()
@@ -106,6 +120,7 @@ RECIPES = {
     "decay": LocalSpec(2, 5, 0.1, weight_decay=0.1),
     "both": LocalSpec(1, 3, 0.05, momentum=0.5, weight_decay=0.1),
     "batch above the data": LocalSpec(2, 100, 0.1),
+    "shuffle buffer": LocalSpec(2, 4, 0.1, buffer=3),
 }
 
 
@@ -145,6 +160,8 @@ def test_a_large_batch_in_pieces_is_the_batch(recipe, monkeypatch):
     assert_plain("looped", "cnn", recipe)
     monkeypatch.setattr(graphed, "AT_ONCE", 15)
     assert_plain("graphed", "cnn", recipe)
+    monkeypatch.setattr(graphed, "ALONE_FROM", 1)
+    assert_plain("graphed", "cnn", recipe)
 
 
 def test_programs_kept_from_round_to_round_start_from_nothing():
@@ -162,8 +179,40 @@ def test_programs_kept_from_round_to_round_start_from_nothing():
                     net, start, data, now, [np.random.default_rng(k) for k in range(len(data))]
                 )
                 assert (rows - expected).abs().max() / expected.abs().max() < 1e-4
-                kept.append(engine.kept)
+                kept.append(list(engine.kept.values())[-1])
             assert kept[0] is kept[1]
+            assert len(engine.kept) <= graphed.KEPT
+
+
+def test_programs_of_a_round_in_chunks_are_all_kept():
+    build, shape = builders()["cnn"]
+    net = build()
+    engine, params = choose(net, cross_entropy, shape, "graphed"), Layout.of(net).row(net)
+    seen = []
+    for _ in range(2):
+        for sizes in ((4, 4, 4), (4, 4)):
+            rngs = [np.random.default_rng(0)] * len(sizes)
+            engine(params, clients(shape, 4, sizes), RECIPES["fedsgd"], rngs)
+            seen.append(list(engine.kept.values()))
+    assert seen[1] == seen[2] == seen[3]
+
+
+@pytest.mark.parametrize(
+    ("count", "buffer"), [(200, 3), (200, 60), (200, 199), (200, 200), (5, 9), (6, 1), (1, 1)]
+)
+def test_a_shuffle_buffer_is_one_whose_examples_are_moved(count, buffer):
+    for seed in range(5):
+        drawn = visiting(count, LocalSpec(buffer=buffer), np.random.default_rng(seed)).tolist()
+        assert drawn == one_by_one(count, buffer, np.random.default_rng(seed))
+        assert sorted(drawn) == list(range(count))
+
+
+def test_every_example_may_leave_a_shuffle_buffer_at_any_time_after_it_came():
+    """The chance that the first of two in the buffer is drawn at once is 1/2, then 1/4, ..."""
+    rng = np.random.default_rng(0)
+    at = [visiting(6, LocalSpec(buffer=2), rng).tolist().index(0) for _ in range(4000)]
+    found = np.bincount(at, minlength=6) / 4000
+    assert np.abs(found - np.array([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32])).max() < 0.03
 
 
 def test_a_convolution_is_the_product_over_its_windows():

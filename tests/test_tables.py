@@ -355,6 +355,21 @@ def test_command_runs_the_next_seeds(cell, tmp_path, monkeypatch, capsys):
         run_table("easy", replace(options, seeds=0))
 
 
+def test_command_trains_with_another_order_of_examples(cell, tmp_path, monkeypatch, capsys):
+    by_label = replace(cell, partition="shards", buffer=2)
+    monkeypatch.setattr(cells, "table", lambda name: cells.Table(name, "Title", "", (by_label,)))
+    found = {}
+    for buffer in (None, 0, 1):
+        out = tmp_path / str(buffer)
+        options = TableOptions(buffer=buffer, probe=2, start_lr=0.01, resolution=1, budget=4, out=str(out))
+        run_table("easy", options)
+        found[buffer] = json.loads((out / "c.json").read_text(encoding="utf-8"))
+    assert [found[b]["cell"]["buffer"] for b in (None, 0, 1)] == [2, None, 1]
+    assert len({str([p["corners"] for p in found[b]["probes"]]) for b in found}) == 3
+    with pytest.raises(InputError, match="buffer must be >= 0, got -1"):
+        run_table("easy", replace(options, buffer=-1))
+
+
 def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
     cell = replace(cell, target=0.97)

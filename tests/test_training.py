@@ -22,12 +22,16 @@ from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.rng import stream
 from fltoolkit.training import federation as fed
 from fltoolkit.training import round as rounds
+from fltoolkit.training import task as tasks
 from fltoolkit.training.clients import Dealt
+from fltoolkit.training.engines import choose
 from fltoolkit.training.evaluate import Evaluation, evaluate
 from fltoolkit.training.log import METRICS, RoundLog
 from fltoolkit.training.round import run_round
 from fltoolkit.training.task import Task
 from fltoolkit.types import Examples, Layout, LocalSpec
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def plain_client_update(model, data, local, rng):
@@ -116,6 +120,17 @@ def test_a_cohort_streams_in_chunks_to_the_same_mean(monkeypatch):
     assert chunked.clients == seen.clients == tuple(range(9))
     assert torch.allclose(chunked.norms, seen.transcript.updates.delta.norm(dim=1))
     assert seen.transcript.messages.shape == (9, t.layout.size)
+
+
+def test_one_engine_trains_all_rounds(monkeypatch):
+    """What it keeps between calls, such as recorded programs, would be lost with it."""
+    built = []
+    monkeypatch.setattr(tasks, "choose", lambda *setting: built.append(setting) or choose(*setting))
+    t, data = task(LocalSpec(1, 2, 0.3)), [tiny_examples(4, k) for k in range(3)]
+    params = start(t)
+    for number in (1, 2, 3):
+        params = params + run_round(t, params, range(3), data, number).aggregate
+    assert len(built) == 1
 
 
 def test_memory_of_a_round_does_not_grow_with_the_cohort(monkeypatch):

@@ -21,6 +21,9 @@ class TableOptions:
     cell: tuple[str, ...] = flag((), "run only cells whose id contains this, repeatable", "TEXT")
     show: bool = flag(False, "run nothing: print what has been run")
     data: str | None = flag(None, "train on this data set instead of the table's", "NAME")
+    buffer: int | None = flag(
+        None, "examples in a client's shuffle buffer instead of the table's, 0 for all it has", "N", int
+    )
     start_lr: float = flag(0.1, "learning rate where the search begins", "LR")
     resolution: int = flag(3, "learning rates are 10^(i/R), i whole; the paper has 3 and 6", "R")
     most: int = flag(9, "learning rates that a cell may try", "N")
@@ -57,6 +60,7 @@ def run_table(name: str, o: TableOptions) -> int:
             bar(done, of, text)
 
         wanted = cell if o.data is None else replace(cell, data=o.data)
+        wanted = wanted if o.buffer is None else replace(wanted, buffer=o.buffer or None)
         result = run_cell(wanted, effort, folder, report)
         for seed in range(o.seed + 1, o.seed + o.seeds):
             run_seed(wanted, result, seed, o.device, folder, report)
@@ -79,6 +83,7 @@ def _effort(o: TableOptions) -> Effort:
         require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
     require(o.most >= 3, "most", ">= 3, to have a learning rate on each side of the best", o.most)
     require(o.probe is None or o.probe >= 1, "probe", ">= 1", o.probe)
+    require(o.buffer is None or o.buffer >= 0, "buffer", ">= 0", o.buffer)
     require(o.seed >= 0, "seed", ">= 0", o.seed)
     check_device(o.device)
     return Effort(o.resolution, o.start_lr, o.budget, o.most, o.probe, o.eval_every, o.seed, o.device)

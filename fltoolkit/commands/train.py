@@ -47,6 +47,9 @@ class TrainOptions:
     lr_decay: float = flag(1.0, "factor on η from each round to the next, above 0 and at most 1", "F")
     momentum: float = flag(0.0, "local momentum μ, 0 to below 1, from zero in each round", "MU")
     weight_decay: float = flag(0.0, "local weight decay λ, >= 0", "LAMBDA")
+    shuffle_buffer: int | None = flag(
+        None, "examples in the buffer that a client draws its batches from (default: all it has)", "N", int
+    )
     server_lr: float = flag(1.0, "server learning rate on the aggregated difference, > 0", "LR")
     rounds: int = flag(30, "rounds of communication", "N")
     target: float | None = flag(None, "stop once the test accuracy reaches this, 0 to 1", "ACC", float)

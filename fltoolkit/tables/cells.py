@@ -15,7 +15,8 @@ from fltoolkit.errors import InputError, unknown
 @dataclass(frozen=True)
 class Cell:
     """One number of a table. paper_rounds None: the paper prints a dash (target not reached). baseline: the
-    cell that speed-ups are relative to. u: expected local updates a client and round, as printed."""
+    cell that speed-ups are relative to. u: expected local updates a client and round, as printed.
+    buffer: examples in a client's shuffle buffer, see `LocalSpec`."""
 
     id: str
     row: str
@@ -31,6 +32,7 @@ class Cell:
     target: float
     paper_rounds: int | None
     u: float | None = None
+    buffer: int | None = None
 
     def setting(self) -> dict[str, Any]:
         """What a run of this cell depends on, as plain data."""

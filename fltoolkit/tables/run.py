@@ -109,6 +109,7 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         "note": _data(cell.data).note,
         "command": document.command_line(),
         "seconds": time.perf_counter() - begun,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "versions": document.versions(),
     }
     write_json(path, result)
@@ -139,7 +140,7 @@ def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | Non
             continue
         if not isinstance(found, dict) or found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
             continue
-        differs = {k for k, v in cell.setting().items() if found["cell"][k] != v}
+        differs = {k for k, v in cell.setting().items() if found["cell"].get(k) != v}
         lowest = min(cell.target, found["cell"]["target"])
         neither = all(r["best"] < lowest for r in found["runs"])
         if _same_run(cell, differs) or (differs == {"id", "target"} and neither):
@@ -240,5 +241,5 @@ def _task(cell: Cell, effort: Effort, lr: float) -> Task:
     data = _data(cell.data)
     rng = torch_stream(effort.seed, "model")
     model = models.build(cell.model, data.input_shape, data.num_classes, rng).to(torch.device(effort.device))
-    local = LocalSpec(cell.E, cell.B, lr)
+    local = LocalSpec(cell.E, cell.B, lr, buffer=cell.buffer)
     return Task(model, cross_entropy, local, DefenseStack([]), effort.seed, stop_on_failure=False)

@@ -12,6 +12,8 @@ from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fltoolkit.metrics.interval import mean_interval
 from fltoolkit.report import document
 from fltoolkit.report.files import write_json
@@ -66,6 +68,7 @@ def run_seed(
         "effort": asdict(effort),
         "run": asdict(run),
         "command": document.command_line(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "versions": document.versions(),
     }
     write_json(path, content)

@@ -53,14 +53,15 @@ def render(table: Table, results: Results) -> str:
 
 def _entry(cell: Cell, known: Mapping[str, Cell], results: Results) -> str:
     base = known[cell.baseline]
-    ours, base_ours = (estimate(results[c.id]).mean if c.id in results else None for c in (cell, base))
+    rounds, base_rounds = (estimate(results[c.id]).mean if c.id in results else None for c in (cell, base))
     is_base = cell.id == base.id
-    left = _ours(cell, results) + ("" if is_base else _speedup(base_ours, ours))
+    left = ours(cell, results) + ("" if is_base else _speedup(base_rounds, rounds))
     paper = DASH if cell.paper_rounds is None else str(cell.paper_rounds)
     return f"{left} | {paper}" + ("" if is_base else _speedup(base.paper_rounds, cell.paper_rounds))
 
 
-def _ours(cell: Cell, results: Results) -> str:
+def ours(cell: Cell, results: Results) -> str:
+    """What was measured of a cell, as the tables print it."""
     if cell.id not in results:
         return NOT_RUN
     found = estimate(results[cell.id])

@@ -27,8 +27,8 @@ class Recipe:
     """All that a federation is but its defenses; the flags of `train` by the same names.
 
     data, model, partition: names, the partition with its options. clients: K (None: 100, or those that the
-    data comes from). fraction: C. epochs, batch (None: ∞), lr, lr_decay, momentum, weight_decay: the local
-    recipe. on_failure: skip or stop. See `Federation` and `Task` for the others.
+    data comes from). fraction: C. epochs, batch (None: ∞), lr, lr_decay, momentum, weight_decay,
+    shuffle_buffer: the local recipe. on_failure: skip or stop. See `Federation` and `Task` for the others.
     """
 
     data: str = "digits"
@@ -42,6 +42,7 @@ class Recipe:
     lr_decay: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    shuffle_buffer: int | None = None
     server_lr: float = 1.0
     eval_every: int = 1
     target: float | None = None
@@ -68,7 +69,9 @@ class Recipe:
 
     @property
     def local(self) -> LocalSpec:
-        return LocalSpec(self.epochs, self.batch, self.lr, self.momentum, self.weight_decay)
+        return LocalSpec(
+            self.epochs, self.batch, self.lr, self.momentum, self.weight_decay, self.shuffle_buffer
+        )
 
 
 class Kitchen:

@@ -50,8 +50,15 @@ class Task:
         """The local recipe of round `number`, counted from 1."""
         return replace(self.local, lr=self.local.lr * self.lr_decay ** max(0, number - 1))
 
+    @cached_property
+    def _engines(self) -> dict[tuple[int, ...], Engine]:
+        return {}
+
     def engine_for(self, input_shape: tuple[int, ...]) -> Engine:
-        return choose(self.model, self.loss, input_shape, self.engine)
+        """The same in every round, so that what an engine keeps between calls pays off."""
+        if input_shape not in self._engines:
+            self._engines[input_shape] = choose(self.model, self.loss, input_shape, self.engine)
+        return self._engines[input_shape]
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Raise InputError where no engine can train the model as the defenses want."""

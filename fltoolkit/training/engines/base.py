@@ -16,8 +16,8 @@ from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
 
 class Engine:
-    """Trains a cohort from one broadcast. Built once a run for a model and a loss; keeps no state
-    between calls."""
+    """Trains a cohort from one broadcast. Built once a run for a model and a loss; what it keeps
+    between calls changes no number."""
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
@@ -39,15 +39,30 @@ class Engine:
     ) -> Tensor:
         """w_k − w_t of every client, `[K, D]`, from the broadcast `params [D]`.
 
-        Client k splits its data into batches of size B in the random order of `rngs[k]`, once, and
-        steps through them E times: w ← w − η v, with v ← μ v + ∇ℓ(w; b) + λ w.
+        Client k splits its data into batches of size B in the order that `visiting` draws from `rngs[k]`,
+        once, and steps through them E times: w ← w − η v, with v ← μ v + ∇ℓ(w; b) + λ w.
         """
         raise NotImplementedError
 
 
-def shuffled(data: Examples, rng: np.random.Generator) -> Examples:
-    """A client's examples in the order in which it visits them."""
-    order = torch.from_numpy(rng.permutation(len(data))).to(data.x.device)
+def visiting(count: int, local: LocalSpec, rng: np.random.Generator) -> Tensor:
+    """The order in which a client visits its `count` examples, `[count]`: drawn from all of them, or from a
+    shuffle buffer, as input pipelines have it: its first examples fill it, one of them is drawn at random,
+    and the next example takes that one's place."""
+    size = count if local.buffer is None else min(local.buffer, count)
+    if size == count:
+        return torch.from_numpy(rng.permutation(count))
+    places = rng.integers(size, size=count - size)
+    found, left = np.empty(count - size, dtype=np.int64), np.arange(size)
+    by_place = np.argsort(places, kind="stable")
+    first = np.diff(places[by_place], prepend=-1) > 0
+    found[by_place] = np.where(first, places[by_place], size + np.roll(by_place, 1))
+    left[places] = size + np.arange(count - size)
+    return torch.from_numpy(np.concatenate([found, rng.permutation(left)]))
+
+
+def in_visiting_order(data: Examples, local: LocalSpec, rng: np.random.Generator) -> Examples:
+    order = visiting(len(data), local, rng).to(data.x.device)
     return Examples(data.x[order], data.y[order])
 
 
@@ -127,14 +142,14 @@ class Stacked:
     sizes: Tensor
 
     @classmethod
-    def of(cls, data: Sequence[Examples], rngs: Sequence[np.random.Generator]) -> Stacked:
+    def of(cls, data: Sequence[Examples], local: LocalSpec, rngs: Sequence[np.random.Generator]) -> Stacked:
         """From clients that `most_first` has ordered."""
         sizes = torch.tensor([len(d) for d in data])
         x, y = (t.new_zeros(len(data), int(sizes[0]), *t.shape[1:]) for t in (data[0].x, data[0].y))
         for k, (d, rng) in enumerate(zip(data, rngs, strict=True)):
             if d.x.shape[1:] != x.shape[2:] or d.y.shape[1:] != y.shape[2:]:
                 raise ValueError(f"inputs of shape {tuple(d.x.shape[1:])} beside {tuple(x.shape[2:])}")
-            order = torch.from_numpy(rng.permutation(len(d))).to(x.device)
+            order = visiting(len(d), local, rng).to(x.device)
             torch.index_select(d.x, 0, order, out=x[k, : len(d)])
             torch.index_select(d.y, 0, order, out=y[k, : len(d)])
         return cls(x, y, sizes)

@@ -82,7 +82,7 @@ class Batched(Engine):
         self, rows: Tensor, data: Sequence[Examples], local: LocalSpec, rngs: Sequence[np.random.Generator]
     ) -> None:
         """Step the parameters in `rows [k, D]`, in place."""
-        stacked = Stacked.of(data, rngs)
+        stacked = Stacked.of(data, local, rngs)
         batches = stacked.epoch(local.batch)
         names, kinds = linear_layers(self.model)
         weights, biases = _views(self.layout, rows, names)

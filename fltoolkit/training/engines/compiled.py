@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit.training.engines import native
-from fltoolkit.training.engines.base import Engine, each_on_its_core
+from fltoolkit.training.engines.base import Engine, each_on_its_core, visiting
 from fltoolkit.training.engines.batched import Batched, linear_layers
 from fltoolkit.types import Examples, LocalSpec, Loss
 
@@ -54,7 +54,7 @@ class Compiled(Engine):
             native.train_dense(
                 x.float().contiguous(),
                 y.contiguous(),
-                torch.from_numpy(rngs[k].permutation(len(x))),
+                visiting(len(x), local, rngs[k]),
                 local.batch or len(x),
                 local.epochs,
                 layers(row),

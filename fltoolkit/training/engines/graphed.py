@@ -1,15 +1,17 @@
 """All clients' local steps as one recorded program: on a GPU a CUDA graph, elsewhere the same calls.
 
 A step of a small network is some hundred operations of a few microseconds, fewer than Python can launch in
-that time. Recorded once a run, they cost one launch a step. Convolutions are matrix products here, since
-cuDNN's grouped ones, which clients with their own kernels would need, are slow.
+that time. Recorded once a run, they cost one launch a step. Convolutions of small batches are matrix
+products here, since cuDNN's grouped ones, which clients with their own kernels would need, are slow. Large
+batches fill a GPU by themselves: there each client has its own convolutions, on one of several streams.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -33,6 +35,15 @@ RECORDED_AT = 3
 AT_ONCE = 2000
 """Examples of all clients that pass the model together, where no layer mixes them; more fill the memory."""
 
+ALONE_FROM = 50
+"""Examples of a client in a step from which its convolutions are its own."""
+
+STREAMS = 10
+"""On which such clients' steps run side by side."""
+
+KEPT = 2
+"""Shapes of cohorts whose programs are kept: that of a round's chunks and that of what is left over."""
+
 Shape = tuple[tuple[int, ...], tuple[int, ...], int, LocalSpec]
 
 
@@ -47,8 +58,7 @@ class Graphed(Vmapped):
         self.separable = separable(model)
         self.flat = deepcopy(model)
         recurrent.speed_up_vmapped(self.flat)
-        if self.separable:
-            flatten_convolutions(self.flat)
+        self.convolves = self.separable and flatten_convolutions(self.flat)
         self.kept: dict[Shape, _Cohort] = {}
 
     def __call__(
@@ -59,12 +69,14 @@ class Graphed(Vmapped):
         rngs: Sequence[np.random.Generator],
     ) -> Tensor:
         order = most_first(data)
-        stacked = Stacked.of([data[k] for k in order], [rngs[k] for k in order])
+        stacked = Stacked.of([data[k] for k in order], local, [rngs[k] for k in order])
         batches = stacked.epoch(local.batch)
         x, y = (t[:, batches[0][0]] for t in (stacked.x, stacked.y))
         key = (tuple(x.shape), tuple(y.shape[2:]), params.numel(), replace(local, lr=0.0))
         if key not in self.kept:
-            self.kept = {key: _Cohort(self, params, x, y, local)}
+            for oldest in list(self.kept)[: max(0, len(self.kept) - KEPT + 1)]:
+                del self.kept[oldest]
+            self.kept[key] = _Cohort(self, params, x, y, local)
         cohort = self.kept[key]
         cohort.begin(params, local.lr)
         for _ in range(local.epochs):
@@ -85,8 +97,12 @@ class _Cohort:
         self.descent = self.rows.new_zeros(())
         self.programs: dict[int, Callable[[], object]] = {}
         self.buffers = {n: b.expand(len(x), *b.shape) for n, b in engine.flat.named_buffers()}
-        self.gradient = vmap(grad(self._loss))
-        self.pieces = max(1, ceil(x.shape[1] / max(1, AT_ONCE // len(x)))) if engine.separable else 1
+        self.gradient = vmap(grad(partial(self._loss, engine.flat)))
+        self.gradient_alone = grad(partial(self._loss, engine.model))
+        self.alone = engine.convolves and x.shape[1] >= ALONE_FROM
+        self.streams = [torch.cuda.Stream() for _ in range(STREAMS)] if x.is_cuda and self.alone else []
+        at_once = AT_ONCE // (1 if self.alone else len(x))
+        self.pieces = ceil(x.shape[1] / max(1, at_once)) if engine.separable else 1
 
     def begin(self, params: Tensor, lr: float) -> None:
         self.descent.fill_(-lr)
@@ -139,17 +155,43 @@ class _Cohort:
         parts = (t[:count].chunk(self.pieces, 1) for t in (self.x, self.y, self.scale))
         for x, y, scale in zip(*parts, strict=True):
             buffers = {n: b[:count].clone() for n, b in self.buffers.items()}
-            found = list(self.gradient(params, buffers, x, y, scale).values())
+            together = self._alone if self.alone else self.gradient
+            found = list(together(params, buffers, x, y, scale).values())
             if total:
                 torch._foreach_add_(total, found)
             total = total or found
         return total
 
-    def _loss(
+    def _alone(
         self, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, scale: Tensor
+    ) -> dict[str, Tensor]:
+        """What `gradient` gives, a client after the other on each stream."""
+        found, used = [], self.streams[: len(x)]
+        for stream in used:
+            stream.wait_stream(torch.cuda.current_stream())
+        for k in range(len(x)):
+            with torch.cuda.stream(used[k % len(used)] if used else None):
+                own, kept = ({n: _channels_last(t[k]) for n, t in d.items()} for d in (params, buffers))
+                found.append(self.gradient_alone(own, kept, _channels_last(x[k]), y[k], scale[k]))
+        for stream in used:
+            torch.cuda.current_stream().wait_stream(stream)
+        return {n: torch.stack([f[n] for f in found]) for n in params}
+
+    def _loss(
+        self,
+        model: nn.Module,
+        params: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
     ) -> Tensor:
-        logits = functional_call(self.engine.flat, (params, buffers), (x,))
+        logits = functional_call(model, (params, buffers), (x,))
         return (self.engine.loss(logits, y) * scale).sum()
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
 class Recorded:
@@ -201,7 +243,8 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         windows = _windows(x.permute(0, 2, 3, 1), weight.shape[2:], padding)
         n, h, w = windows.shape[:3]
-        out = torch.addmm(bias, windows.reshape(n * h * w, -1), _kernels(weight).t())
+        with _as_precise_as_convolutions():
+            out = torch.addmm(bias, windows.reshape(n * h * w, -1), _kernels(weight).t())
         return out.view(n, h, w, -1).permute(0, 3, 1, 2), windows
 
     @staticmethod
@@ -215,13 +258,27 @@ class _Product(torch.autograd.Function):
         weight, windows = ctx.saved_tensors
         n, h, w = windows.shape[:3]
         d = d.permute(0, 2, 3, 1).reshape(n * h * w, -1)
-        groups = gcd(n, GROUPS)
-        by_group = d.view(groups, -1, d.shape[1]).transpose(1, 2) @ windows.view(groups, len(d) // groups, -1)
+        groups, gx = gcd(n, GROUPS), None
+        with _as_precise_as_convolutions():
+            by_group = d.view(groups, -1, d.shape[1]).transpose(1, 2) @ windows.view(
+                groups, len(d) // groups, -1
+            )
+            if ctx.needs_input_grad[0]:
+                gx = _unwindowed((d @ _kernels(weight)).view(windows.shape), ctx.padding).permute(0, 3, 1, 2)
         gw = by_group.sum(0).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = _unwindowed((d @ _kernels(weight)).view(windows.shape), ctx.padding).permute(0, 3, 1, 2)
         return gx, gw, d.sum(0), None
+
+
+@contextmanager
+def _as_precise_as_convolutions() -> Iterator[None]:
+    """Matrix products may use TF32 where PyTorch's convolutions may, which is the case unless one says no."""
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        products.allow_tf32 = before
 
 
 GROUPS = 20
@@ -260,8 +317,9 @@ class _FlatConv2d(nn.Conv2d):
         return result
 
 
-def flatten_convolutions(model: nn.Module) -> None:
-    """Turn the plain convolutions in `model`, in place, into matrix products."""
+def flatten_convolutions(model: nn.Module) -> bool:
+    """Turn the plain convolutions in `model`, in place, into matrix products; whether there were any."""
     for layer in model.modules():
         if slides(layer) and all(p < k for p, k in zip(layer.padding, layer.kernel_size, strict=True)):  # type: ignore[arg-type]
             layer.__class__ = _FlatConv2d
+    return any(isinstance(layer, _FlatConv2d) for layer in model.modules())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fltoolkit.training.engines import recurrent
-from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, shuffled
+from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, in_visiting_order
 from fltoolkit.training.engines.fused import called_once, fuse, join_with_pool
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
@@ -69,7 +69,7 @@ class Looped(Engine):
         def train(k: int) -> None:
             worker = idle.get()
             try:
-                out[k] = worker.train(params, shuffled(data[k], rngs[k]))
+                out[k] = worker.train(params, in_visiting_order(data[k], local, rngs[k]))
             finally:
                 idle.put(worker)
 

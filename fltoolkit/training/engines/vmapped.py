@@ -31,7 +31,7 @@ class Vmapped(Engine):
         rngs: Sequence[np.random.Generator],
     ) -> Tensor:
         order = most_first(data)
-        stacked = Stacked.of([data[k] for k in order], [rngs[k] for k in order])
+        stacked = Stacked.of([data[k] for k in order], local, [rngs[k] for k in order])
         rows = params.expand(len(data), -1).clone()
         velocity = torch.zeros_like(rows)
         gradient = vmap(grad(self._masked_loss))
