@@ -219,7 +219,8 @@ def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):
     assert result["lr"] == result["runs"][0]["lr"] == best["lr"]
 
 
-def test_a_probed_rate_that_diverges_later_hands_over_to_the_next():
+@pytest.mark.parametrize("ended", ["diverged", "stalled"])
+def test_a_probed_rate_that_fails_later_hands_over_to_the_next(ended):
     def ran(index, best, ended="cap", rounds=None):
         return search.Run(index, 10.0**index, rounds, 3, best, ended, ((3, best),), 0.1)
 
@@ -228,7 +229,7 @@ def test_a_probed_rate_that_diverges_later_hands_over_to_the_next():
 
     def train(index):
         asked.append(index)
-        return ran(index, 0.9, "diverged" if index == 0 else "target", None if index == 0 else 20.0)
+        return ran(index, 0.9, ended if index == 0 else "target", None if index == 0 else 20.0)
 
     assert [r.index for r in run._best_that_lasts(probes, train)] == asked == [0, -1]
     asked.clear()

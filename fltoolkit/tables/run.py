@@ -43,8 +43,8 @@ class Effort:
     resolution: learning rates are 10^(i / resolution), i whole. start_lr: where the search begins. budget:
     rounds after which a learning rate counts as not reaching the target. most: learning rates a cell may
     try. probe: choose the learning rate by the accuracy after this many rounds instead of running each to
-    the target, and the next best too where that rate diverges later (None: run each). eval_every: rounds
-    between evaluations.
+    the target, and the next best too where that rate diverges or stands still (None: run each).
+    eval_every: rounds between evaluations.
     """
 
     resolution: int = 3
@@ -120,12 +120,13 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
 
 
 def _best_that_lasts(probes: Sequence[Run], train: Callable[[int], Run]) -> list[Run]:
-    """The run of the rate that did best in its probe; where it diverges later, that of the next as well."""
+    """The run of the rate that did best in its probe; where it diverges or stands still later, that of the
+    next as well."""
     ranked = sorted(probes, key=lambda r: r.order)
     runs: list[Run] = []
     for probe in [r for r in ranked if r.ended != "diverged"] or ranked[:1]:
         runs.append(train(probe.index))
-        if runs[-1].ended != "diverged":
+        if runs[-1].ended in ("target", "cap"):
             break
     return runs
 
