@@ -36,11 +36,12 @@ def check_loss(loss: Loss, num_classes: int) -> None:
 
 def check_device(device: str) -> torch.device:
     """The device, tried once so that one that is not there stops before work starts. On a GPU convolutions
-    are then done in full float32, where PyTorch's own choice would be 10 bits of mantissa."""
+    are then as precise as matrix products: in full float32 unless PyTorch was told otherwise, where its own
+    choice for them would be TF32, 10 bits of mantissa."""
     try:
         found = torch.zeros((), device=device).device
         if found.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
         return found
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device must be one that PyTorch can use here, got {device!r}: {e}") from e

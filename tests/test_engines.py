@@ -27,12 +27,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Every engine but the one made for CPUs is held to the plain loop there too."""
 
 
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    """On a GPU convolutions would otherwise have ten bits of their operands."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def one_by_one(count, buffer, rng):
     """The places of a client's examples as they come out of a shuffle buffer, by moving them."""
     if buffer is None or buffer >= count:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -243,8 +242,7 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         windows = _windows(x.permute(0, 2, 3, 1), weight.shape[2:], padding)
         n, h, w = windows.shape[:3]
-        with _as_precise_as_convolutions():
-            out = torch.addmm(bias, windows.reshape(n * h * w, -1), _kernels(weight).t())
+        out = torch.addmm(bias, windows.reshape(n * h * w, -1), _kernels(weight).t())
         return out.view(n, h, w, -1).permute(0, 3, 1, 2), windows
 
     @staticmethod
@@ -258,27 +256,13 @@ class _Product(torch.autograd.Function):
         weight, windows = ctx.saved_tensors
         n, h, w = windows.shape[:3]
         d = d.permute(0, 2, 3, 1).reshape(n * h * w, -1)
-        groups, gx = gcd(n, GROUPS), None
-        with _as_precise_as_convolutions():
-            by_group = d.view(groups, -1, d.shape[1]).transpose(1, 2) @ windows.view(
-                groups, len(d) // groups, -1
-            )
-            if ctx.needs_input_grad[0]:
-                gx = _unwindowed((d @ _kernels(weight)).view(windows.shape), ctx.padding).permute(0, 3, 1, 2)
+        groups = gcd(n, GROUPS)
+        by_group = d.view(groups, -1, d.shape[1]).transpose(1, 2) @ windows.view(groups, len(d) // groups, -1)
         gw = by_group.sum(0).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = _unwindowed((d @ _kernels(weight)).view(windows.shape), ctx.padding).permute(0, 3, 1, 2)
         return gx, gw, d.sum(0), None
-
-
-@contextmanager
-def _as_precise_as_convolutions() -> Iterator[None]:
-    """Matrix products may use TF32 where PyTorch's convolutions may, which is the case unless one says no."""
-    products = torch.backends.cuda.matmul
-    before = products.allow_tf32
-    products.allow_tf32 = torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        products.allow_tf32 = before
 
 
 GROUPS = 20
