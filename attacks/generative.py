@@ -111,7 +111,7 @@ class Generative(Attack):
         if is_likelihood(fitted.distance):
             priors, words = (), (*words, "the generator's own prior in place of total variation")
         one_by_one = one_by_one_is_faster(observation)
-        return Objective(fitted.distance, priors, self.simulate, one_by_one), "; ".join(words)
+        return Objective(fitted.distance, priors, self.simulate, one_by_one, rough=True), "; ".join(words)
 
     def _invert(
         self, members: list[Observation], rngs: list[torch.Generator], progress: Progress

@@ -40,6 +40,7 @@ class GradientInversion(Attack):
     """
 
     matching: ClassVar[type[GradientMatching]] = GradientMatching
+    rough: ClassVar[bool] = False
     steps: int = 3000
     restarts: int = 4
     tolerance: float = 1e-8
@@ -73,7 +74,7 @@ class GradientInversion(Attack):
         objective, _ = self.objective(observations[0])
         if not objective.one_by_one and not stackable(observations[0]):
             objective = replace(objective, one_by_one=True)
-        objective = replace(objective, compile=self.compile, precision=self.precision)
+        objective = replace(objective, compile=self.compile, precision=self.precision, rough=self.rough)
         return self.matching(observations, owner, labels, objective)
 
     def start(self, problem: GradientMatching, rng: torch.Generator, bounds: Bounds) -> Tensor:
@@ -179,6 +180,7 @@ class AdamInversion(GradientInversion):
     iterations until the full rate. start_std as in `LBFGSInversion`.
     """
 
+    rough: ClassVar[bool] = True
     lr: float = 0.1
     decay: str = "step"
     signed: bool = True

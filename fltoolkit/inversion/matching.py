@@ -9,25 +9,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from fltoolkit.errors import InputError
 from fltoolkit.inversion.client import State, Update, eager_step, in_bf16, local_steps, one_step
 from fltoolkit.inversion.compiled import CompilationError, Compiled, evaluation, unfolded
+from fltoolkit.inversion.difference import ROUGH, Difference
 from fltoolkit.inversion.distance import Distance, squared
 from fltoolkit.inversion.prior import Prior
+from fltoolkit.models import evaluating
 from fltoolkit.training.engines.base import without_draws
 from fltoolkit.types import LocalSpec, Observation
 
 CHUNK_FLOATS = 2**25
 """Rows evaluated together hold at most this many gradient entries (128 MiB each for a few tensors)."""
 
-LARGE = 1_000_000
-"""Parameters from which a convolutional network is evaluated guess by guess on a CPU."""
+LARGE, HARD = 1_000_000, 100_000_000
+"""Parameters, or operations of a forward pass, from which a convolutional network is evaluated guess by guess
+on a CPU."""
+
+
+Priors = tuple[tuple[float, Prior], ...]
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,18 @@ class Objective:
     by plain autograd, which is faster where convolutions are large. compile: evaluate by one compiled
     program, which is faster where networks are small. precision: of the network's own arithmetic, "float32"
     or "bf16"; distances are always float32. fading: a pair like those of priors that the optimiser adds, with
-    a weight that falls (`Fading`).
+    a weight that falls (`Fading`). rough: the optimiser puts up with slopes that are off by a percent, so
+    that one gradient's may come from a difference (`Difference`), where guesses are evaluated one by one.
     """
 
     distance: Distance = squared
-    priors: tuple[tuple[float, Prior], ...] = ()
+    priors: Priors = ()
     simulate: bool = False
     one_by_one: bool = False
     compile: bool = False
     precision: str = "float32"
     fading: tuple[float, Prior] | None = None
+    rough: bool = False
 
 
 PRECISIONS = ("float32", "bf16")
@@ -56,8 +66,19 @@ PRECISIONS = ("float32", "bf16")
 
 def one_by_one_is_faster(observation: Observation) -> bool:
     """Large convolutions fill a processor alone; stacking guesses only costs memory traffic there."""
-    convolutional = any(isinstance(m, nn.Conv2d) for m in observation.model.modules())
-    return convolutional and observation.layout.size > LARGE and observation.params.device.type == "cpu"
+    kernels = sum(m.weight.numel() for m in observation.model.modules() if isinstance(m, nn.Conv2d))
+    if not kernels or observation.params.device.type != "cpu":
+        return False
+    at_most = 2 * kernels * observation.num_examples * prod(observation.input_shape[1:])
+    return observation.layout.size > LARGE or (at_most > HARD and _operations(observation) > HARD)
+
+
+def _operations(observation: Observation) -> int:
+    """Of one forward pass of a batch."""
+    x = torch.zeros(observation.num_examples, *observation.input_shape)
+    with evaluating(observation.model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        observation.model(x)
+    return int(counter.get_total_flops())
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -102,8 +123,14 @@ class GradientMatching:
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
         self._first, self._program = first, cast(Compiled | None, None)
         self._compiles = self.objective.compile
+        self._rough, self._tried = self._may_be_rough(), False
         self.remark = ""
         """What there is to say about how the objective was evaluated."""
+
+    def _may_be_rough(self) -> bool:
+        plain = self.steps == 1 and type(self)._updates is GradientMatching._updates
+        o = self.objective
+        return plain and o.rough and o.one_by_one and o.precision == "float32"
 
     def _client(self, o: Observation) -> Update:
         """`update(params, buffers, x, y)` of one guess, or of a stack of them unless one by one."""
@@ -200,6 +227,47 @@ class GradientMatching:
         return found
 
     def _eagerly(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rough and not self._tried:
+            self._rough, self._tried = self._difference_fits(z, rows, params, target), True
+        way = self._by_difference if self._rough else self._exactly
+        return way(z, rows, params, target, self.objective.priors)
+
+    def _difference_fits(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> bool:
+        """Whether a difference gives the slope of the distance, tried on the first guess."""
+        x, y = self.decode(z, rows)
+        if not self._difference(rows, params).followed(x[0], y[0]):
+            return False
+        _, exact = self._exactly(z, rows, params, target, ())
+        _, slope = self._by_difference(z, rows, params, target, ())
+        return bool((slope - exact).norm() <= ROUGH * exact.norm())
+
+    def _difference(self, rows: Tensor, params: Tensor) -> Difference:
+        owner = self.owner[rows[0]]
+        single = {n: p.requires_grad_() for n, p in self.layout.unflatten(params[0]).items()}
+        buffers = {n: b[owner] for n, b in self._buffers.items()}
+        return Difference(self._first.model, self._first.loss, single, buffers)
+
+    def _by_difference(
+        self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor, priors: Priors
+    ) -> tuple[Tensor, Tensor]:
+        """For one guess, by two passes and a difference."""
+        z, passes = z.detach().requires_grad_(), self._difference(rows, params)
+        x, y = self.decode(z, rows)
+        found = passes.first(x[0], y[0], z)
+        g = self._flat({n: f[None] for n, f in found.items()}, target)
+        loss = self.objective.distance(g, target)
+        x, y = self.decode(z, rows)
+        slope = passes.slope(self.layout.unflatten(g[0]), x[0], y[0], z)
+        for weight, prior in priors:
+            penalty = weight * prior(self.decode(z, rows)[0], params, self.owner[rows])
+            loss = loss + penalty.detach()
+            slope = slope + torch.autograd.grad(penalty.sum(), z)[0]
+        return loss, slope
+
+    def _exactly(
+        self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor, priors: Priors
+    ) -> tuple[Tensor, Tensor]:
+        """For all guesses, by double backward."""
         z = z.detach().requires_grad_()
         x, y = self.decode(z, rows)
         owner = self.owner[rows]
@@ -208,7 +276,7 @@ class GradientMatching:
         g = self._flat(found, target)
         loss = self.objective.distance(g, target)
         outputs, cotangents = list(found.values()), list(self.layout.unflatten(g).values())
-        for weight, prior in self.objective.priors:
+        for weight, prior in priors:
             penalty = weight * prior(x, params, owner)
             loss = loss + penalty.detach()
             outputs.append(penalty)
