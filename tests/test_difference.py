@@ -19,6 +19,7 @@ from fltoolkit.inversion.difference import Branches, Difference
 from fltoolkit.inversion.distance import cosine, relative
 from fltoolkit.inversion.matching import GradientMatching, Objective, one_by_one_is_faster
 from fltoolkit.inversion.prior import total_variation
+from fltoolkit.inversion.surrogate import SurrogateMatching
 from fltoolkit.loss import cross_entropy
 from fltoolkit.types import Examples, LocalSpec
 
@@ -168,11 +169,14 @@ def test_no_slope_where_the_distance_has_none():
 
 def test_only_one_plain_gradient_is_rough():
     """Not several steps, not bf16, not stacks, not the searches that need all digits."""
+    rough = Objective(one_by_one=True, rough=True)
     several = problem(NETS["lenet"], True, local=LocalSpec(2, None, 0.1), simulate=True)[0]
     assert several.steps == 2
     assert not several._rough
     assert not problem(NETS["lenet"], True, precision="bf16")[0]._rough
     assert not problem(NETS["lenet"], True, one_by_one=False)[0]._rough
+    surrogate = SurrogateMatching([several._first], torch.tensor([0]), None, rough)
+    assert not surrogate._rough
     assert Inverting.rough
     assert not DLG.rough
 
@@ -192,10 +196,13 @@ def test_hard_convolutions_go_one_by_one():
 
 def test_running_statistics_stay_as_they_are():
     made, z = problem(NETS["convnet16"], True)
-    made._first.model.train()
-    kept = [b.clone() for b in made._first.model.buffers()]
+    model = made._first.model.train()
+    kept = [b.clone() for b in model.buffers()]
     made(z, torch.arange(2))
-    assert all(torch.equal(a, b) for a, b in zip(made._first.model.buffers(), kept, strict=True))
+    one_by_one_is_faster(replace(made._first, num_examples=10**4))
+    passes = Difference(model, cross_entropy, dict(model.named_parameters()), dict(model.named_buffers()))
+    passes.followed(torch.rand(2, 1, SIDE, SIDE), torch.tensor([0, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), kept, strict=True))
 
 
 def test_inverting_finds_as_much_with_either_slope(monkeypatch):
