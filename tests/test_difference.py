@@ -99,7 +99,7 @@ def apart(a, b):
 @pytest.mark.parametrize("distance", [cosine, relative])
 @pytest.mark.parametrize("net", NETS)
 def test_slopes_are_those_of_double_backward(net, distance, labels):
-    """The first evaluation tries both; the second differs from it by the guess."""
+    """On several guesses, with a prior."""
     priors = ((0.01, total_variation),)
     exact, z = problem(NETS[net], False, labels, distance=distance, priors=priors)
     rough, _ = problem(NETS[net], True, labels, distance=distance, priors=priors)

@@ -228,12 +228,16 @@ class GradientMatching:
 
     def _eagerly(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self._rough and not self._tried:
-            self._rough, self._tried = self._difference_fits(z, rows, params, target), True
+            self._rough, self._tried = self._difference_fits(), True
         way = self._by_difference if self._rough else self._exactly
         return way(z, rows, params, target, self.objective.priors)
 
-    def _difference_fits(self, z: Tensor, rows: Tensor, params: Tensor, target: Tensor) -> bool:
-        """Whether a difference gives the slope of the distance, tried on the first guess."""
+    def _difference_fits(self) -> bool:
+        """Whether a difference gives the slope of the distance, tried on noise, the same whenever it is asked."""
+        rows, params, target = self._gather(torch.zeros(1, dtype=torch.long, device=self.owner.device))
+        low, high = self._first.input_range
+        noise = torch.rand(1, self.variables, generator=torch.Generator().manual_seed(0))
+        z = (low + (high - low) * noise).to(params)
         x, y = self.decode(z, rows)
         if not self._difference(rows, params).followed(x[0], y[0]):
             return False
