@@ -233,7 +233,7 @@ class GradientMatching:
         return way(z, rows, params, target, self.objective.priors)
 
     def _difference_fits(self) -> bool:
-        """Whether a difference gives the slope of the distance, tried on the same noise whenever it is asked."""
+        """Whether a difference gives the slope of the distance, tried on the same noise each time."""
         rows, params, target = self._gather(torch.zeros(1, dtype=torch.long, device=self.owner.device))
         low, high = self._first.input_range
         noise = torch.rand(1, self.variables, generator=torch.Generator().manual_seed(0))
