@@ -56,6 +56,7 @@ class Case:
 CASES = [
     Case("2nn", "mnist-centred", "iid", 100, 10, LocalSpec(1, 10, 0.01)),
     Case("cnn", "mnist-centred", "iid", 100, 10, LocalSpec(1, 10, 0.01)),
+    Case("cnn", "mnist-centred", "iid", 100, 10, LocalSpec(1, 50, 0.01)),
     Case("cnn", "mnist-centred", "iid", 100, 10, LocalSpec(1, None, 0.01)),
     Case("cnn", "mnist-centred", "iid", 100, 40, LocalSpec(1, 10, 0.01)),
     Case("charlstm", "shakespeare", "natural", 1247, 125, LocalSpec(1, 10, 0.5)),

@@ -35,8 +35,8 @@ class GradientInversion(Attack):
     steps: most iterations of a restart. restarts: random starts a victim, ranked by the objective. tolerance:
     stop at tolerance times the distance of an update of zero. patience: iterations without a gain of 2 %
     after which a restart stops or goes on to the next stage of its schedule; 0 never. adapt: take the
-    defenses into account, which the papers' attacks do not. compile, precision: how the objective is
-    evaluated (`Objective`).
+    defenses into account, which the papers' attacks do not. compile, precision, rough: how the objective is
+    evaluated (`Objective`); rough goes with the optimiser.
     """
 
     matching: ClassVar[type[GradientMatching]] = GradientMatching
