@@ -7,7 +7,7 @@ import torch
 
 from fltoolkit.data import Dataset
 from fltoolkit.errors import InputError, require
-from fltoolkit.types import LocalSpec, Loss
+from fltoolkit.types import PRECISIONS, LocalSpec, Loss
 
 
 def check_local(local: LocalSpec) -> None:
@@ -17,6 +17,7 @@ def check_local(local: LocalSpec) -> None:
     require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
     good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
     require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
+    require(local.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", local.precision)
     require(local.buffer is None or local.buffer >= 1, "shuffle_buffer", ">= 1", local.buffer)
 
 

@@ -90,6 +90,10 @@ class Examples:
         return Examples(self.x.to(device), self.y.to(device))
 
 
+PRECISIONS = ("float32", "bf16")
+"""Of a network's own arithmetic: float32, or products of numbers in bfloat16 where that is faster."""
+
+
 @dataclass(frozen=True)
 class LocalSpec:
     """What each client does with the broadcast model (McMahan et al. 2017, Algorithm 1, ClientUpdate).
@@ -98,6 +102,7 @@ class LocalSpec:
     infinity, the whole local data set as one batch. lr: the step size η. momentum: μ in v ← μ v + g, from
     v = 0 in each round. weight_decay: λ, g being ∇ℓ(w; b) + λ w. buffer: examples that lie in the shuffle
     buffer from which batches are drawn, at least 1; None for all of a client's, which mixes them fully.
+    precision: one of PRECISIONS.
     """
 
     epochs: int = 1
@@ -106,6 +111,7 @@ class LocalSpec:
     momentum: float = 0.0
     weight_decay: float = 0.0
     buffer: int | None = None
+    precision: str = "float32"
 
     def steps(self, num_examples: int) -> int:
         """Local steps u of a client that holds `num_examples`."""

@@ -191,6 +191,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, cap
         (["--attack", "delge"], "unknown attack 'delge'"),
         (["--rounds", "0"], "rounds must be >= 1, got 0"),
         (["--shuffle-buffer", "0"], "shuffle_buffer must be >= 1, got 0"),
+        (["--precision", "fp8"], "precision must be one of ('float32', 'bf16'), got 'fp8'"),
     ],
 )
 def test_bad_training_input_too(flags, message, tmp_path, capsys, monkeypatch):

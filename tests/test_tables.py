@@ -371,6 +371,35 @@ def test_command_trains_with_another_order_of_examples(cell, tmp_path, monkeypat
         run_table("easy", replace(options, buffer=-1))
 
 
+def test_command_trains_in_the_precision_it_is_told_and_the_table_says_which(
+    cell, tmp_path, monkeypatch, capsys
+):
+    convolutions = replace(cell, model="cnn", B=None)
+    monkeypatch.setattr(cells, "table", lambda name: cells.Table(name, "Title", "", (convolutions,)))
+    found = []
+    for precision in ("float32", "bf16"):
+        options = TableOptions(precision=precision, resolution=1, budget=3, out=str(tmp_path / precision))
+        run_table("easy", options)
+        found.append(json.loads((tmp_path / precision / "c.json").read_text(encoding="utf-8")))
+        assert ("in bfloat16: c." in capsys.readouterr().out) == (precision == "bf16")
+    assert [f["effort"]["precision"] for f in found] == ["float32", "bf16"]
+    assert found[0]["runs"] != found[1]["runs"]
+    with pytest.raises(InputError, match="precision must be one of"):
+        run_table("easy", replace(options, precision="fp16"))
+
+
+def test_a_twin_of_another_precision_is_another_run(cell, tmp_path):
+    effort = run.Effort(budget=5, resolution=1)
+    first = run.run_cell(cell, effort, tmp_path / "a", silent)
+    path = tmp_path / "a" / "c.json"
+    del first["effort"]["precision"]  # as older results have it
+    path.write_text(json.dumps(first), encoding="utf-8")
+    for precision, shared in (("float32", True), ("bf16", False)):
+        told = replace(effort, precision=precision)
+        twin = run.run_cell(replace(cell, id=precision), told, tmp_path / "b", silent)
+        assert ("shared_with" in twin) == shared
+
+
 def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
     cell = replace(cell, target=0.97)

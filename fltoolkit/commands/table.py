@@ -34,6 +34,7 @@ class TableOptions:
     eval_every: int = flag(1, "rounds between two evaluations on the test set", "N")
     seed: int = flag(0, "seed of all random streams, >= 0", "N")
     seeds: int = flag(1, "runs of a cell at its learning rate, each with the next seed: gives intervals", "N")
+    precision: str = flag("float32", "of products: float32, or bf16 where that is faster", "NAME")
     device: str = flag("cpu", "where to compute: cpu, cuda, ...", "NAME")
     out: str | None = flag(None, "folder of the results (default: runs/tables/NAME)", "DIR")
 
@@ -77,6 +78,7 @@ def _effort(o: TableOptions) -> Effort:
     from fltoolkit.checks import check_device
     from fltoolkit.errors import require
     from fltoolkit.tables.run import Effort
+    from fltoolkit.types import PRECISIONS
 
     require(o.start_lr > 0, "start_lr", "> 0", o.start_lr)
     for name in ("resolution", "budget", "eval_every", "seeds"):
@@ -85,5 +87,9 @@ def _effort(o: TableOptions) -> Effort:
     require(o.probe is None or o.probe >= 1, "probe", ">= 1", o.probe)
     require(o.buffer is None or o.buffer >= 0, "buffer", ">= 0", o.buffer)
     require(o.seed >= 0, "seed", ">= 0", o.seed)
+    require(o.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", o.precision)
     check_device(o.device)
-    return Effort(o.resolution, o.start_lr, o.budget, o.most, o.probe, o.eval_every, o.seed, o.device)
+    return Effort(
+        *(o.resolution, o.start_lr, o.budget, o.most, o.probe, o.eval_every, o.seed, o.device),
+        precision=o.precision,
+    )

@@ -50,6 +50,9 @@ class TrainOptions:
     shuffle_buffer: int | None = flag(
         None, "examples in the buffer that a client draws its batches from (default: all it has)", "N", int
     )
+    precision: str = flag(
+        "float32", "of clients' products and the evaluation's: float32, or bf16 where that is faster", "NAME"
+    )
     server_lr: float = flag(1.0, "server learning rate on the aggregated difference, > 0", "LR")
     rounds: int = flag(30, "rounds of communication", "N")
     target: float | None = flag(None, "stop once the test accuracy reaches this, 0 to 1", "ACC", float)

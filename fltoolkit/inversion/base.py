@@ -20,11 +20,11 @@ from fltoolkit.inversion.distance import Distance, squared
 from fltoolkit.inversion.labels.layer import labels_hidden
 from fltoolkit.inversion.lbfgs import LBFGS
 from fltoolkit.inversion.lbfgs import Objective as Energy
-from fltoolkit.inversion.matching import PRECISIONS, GradientMatching, Objective
+from fltoolkit.inversion.matching import GradientMatching, Objective
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.inversion.search import Bounds, Optimiser, search
 from fltoolkit.inversion.spectrum import Spectrum
-from fltoolkit.types import Observation, Reconstruction
+from fltoolkit.types import PRECISIONS, Observation, Reconstruction
 
 
 @dataclass(frozen=True)

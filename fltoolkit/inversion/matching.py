@@ -61,9 +61,6 @@ class Objective:
     rough: bool = False
 
 
-PRECISIONS = ("float32", "bf16")
-
-
 def one_by_one_is_faster(observation: Observation) -> bool:
     """Large convolutions fill a processor alone; stacking guesses only costs memory traffic there."""
     kernels = sum(m.weight.numel() for m in observation.model.modules() if isinstance(m, nn.Conv2d))

@@ -44,7 +44,7 @@ class Effort:
     rounds after which a learning rate counts as not reaching the target. most: learning rates a cell may
     try. probe: choose the learning rate by the accuracy after this many rounds instead of running each to
     the target, and the next best too where that rate diverges or stands still (None: run each).
-    eval_every: rounds between evaluations.
+    eval_every: rounds between evaluations. precision: of products, one of PRECISIONS.
     """
 
     resolution: int = 3
@@ -55,6 +55,7 @@ class Effort:
     eval_every: int = 1
     seed: int = 0
     device: str = "cpu"
+    precision: str = "float32"
 
     def lr(self, index: int) -> float:
         return float(10 ** (index / self.resolution))
@@ -139,7 +140,9 @@ def _from_twin(cell: Cell, effort: Effort, folder: Path) -> dict[str, Any] | Non
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA or found["effort"] != asdict(effort):
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            continue
+        if Effort(**found["effort"]) != effort:
             continue
         differs = {k for k, v in cell.setting().items() if found["cell"].get(k) != v}
         lowest = min(cell.target, found["cell"]["target"])
@@ -183,6 +186,7 @@ def train_at(
         task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
     )
     config = {**cell.setting(), "lr": lr, "seed": effort.seed, "eval_every": effort.eval_every}
+    config["precision"] = effort.precision
     state = fed.State(task.layout.row(task.model).to(effort.device))
     if checkpoint.exists():
         state = fed.resume(checkpoint, config)
@@ -242,5 +246,5 @@ def _task(cell: Cell, effort: Effort, lr: float) -> Task:
     data = _data(cell.data)
     rng = torch_stream(effort.seed, "model")
     model = models.build(cell.model, data.input_shape, data.num_classes, rng).to(torch.device(effort.device))
-    local = LocalSpec(cell.E, cell.B, lr, buffer=cell.buffer)
+    local = LocalSpec(cell.E, cell.B, lr, buffer=cell.buffer, precision=effort.precision)
     return Task(model, cross_entropy, local, DefenseStack([]), effort.seed, stop_on_failure=False)

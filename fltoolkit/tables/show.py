@@ -115,6 +115,9 @@ def _remarks(table: Table, results: Results) -> list[str]:
         lines.append("* the best learning rate found lies at the edge of those tried.")
     if any(r["probes"] for r in results.values()):
         lines.append("Some cells ran at one learning rate only, chosen by a short probe recorded with them.")
+    short = [i for i, r in results.items() if r["effort"].get("precision") == "bf16"]
+    if short:
+        lines.append(f"Products of numbers in bfloat16: {', '.join(short)}.")
     if any(r["seeds"] for r in results.values()):
         lines.append("[low, high]: the geometric mean over several seeds stands before its 95 % interval.")
     lines += [

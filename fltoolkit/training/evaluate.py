@@ -13,7 +13,7 @@ from torch.func import functional_call
 from fltoolkit.loss import IGNORE
 from fltoolkit.metrics.interval import rate_interval
 from fltoolkit.models import evaluating
-from fltoolkit.training.engines import recurrent
+from fltoolkit.training.engines import brief, recurrent
 from fltoolkit.training.engines.fused import called_once, join_with_pool
 from fltoolkit.training.task import Task
 from fltoolkit.types import Examples
@@ -47,7 +47,7 @@ class Evaluation:
 def evaluate(task: Task, params: Tensor, test: Examples) -> Evaluation:
     """Predictions whose largest logit is the label's, in evaluation mode, and the mean loss."""
     weights = {n: _channels_last(p) for n, p in task.layout.unflatten(params).items()}
-    model = _faster(task.model, test.x[:1])
+    model = _faster(task.model, test.x[:1], task.local.precision == "bf16")
     correct, loss = 0, 0.0
     with evaluating(model), torch.no_grad():
         for x, y in _batches(test):
@@ -57,11 +57,12 @@ def evaluate(task: Task, params: Tensor, test: Examples) -> Evaluation:
     return Evaluation(correct, int((test.y != IGNORE).sum()), loss / len(test))
 
 
-def _faster(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy of `model` with faster layers that compute the same, tried on the input x `[1, ...]`."""
+def _faster(model: nn.Module, x: Tensor, short: bool) -> nn.Module:
+    """A copy of `model` with faster layers that compute the same, or if `short` nearly so, in bfloat16; tried
+    on the input x `[1, ...]`."""
     copy = deepcopy(model)
     recurrent.speed_up(copy)
-    join_with_pool(copy, called_once(copy, x))
+    (brief.shorten if short else join_with_pool)(copy, called_once(copy, x))
     return copy
 
 

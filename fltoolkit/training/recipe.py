@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fltoolkit import models, registry
@@ -28,7 +28,8 @@ class Recipe:
 
     data, model, partition: names, the partition with its options. clients: K (None: 100, or those that the
     data comes from). fraction: C. epochs, batch (None: ∞), lr, lr_decay, momentum, weight_decay,
-    shuffle_buffer: the local recipe. on_failure: skip or stop. See `Federation` and `Task` for the others.
+    shuffle_buffer, precision: the local recipe. on_failure: skip or stop. See `Federation` and `Task` for the
+    others.
     """
 
     data: str = "digits"
@@ -43,6 +44,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     shuffle_buffer: int | None = None
+    precision: str = "float32"
     server_lr: float = 1.0
     eval_every: int = 1
     target: float | None = None
@@ -69,9 +71,8 @@ class Recipe:
 
     @property
     def local(self) -> LocalSpec:
-        return LocalSpec(
-            self.epochs, self.batch, self.lr, self.momentum, self.weight_decay, self.shuffle_buffer
-        )
+        local = LocalSpec(self.epochs, self.batch, self.lr, self.momentum, self.weight_decay)
+        return replace(local, buffer=self.shuffle_buffer, precision=self.precision)
 
 
 class Kitchen:

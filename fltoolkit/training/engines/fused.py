@@ -124,15 +124,15 @@ class _PooledConv2d(nn.Conv2d):
         return F.max_pool2d(F.relu(super().forward(x)), 2)
 
 
-def join_with_pool(model: nn.Module, names: Collection[str]) -> None:
+def join_with_pool(model: nn.Module, names: Collection[str], kind: type[nn.Conv2d] = _PooledConv2d) -> None:
     """Let the convolutions called `names` do the ReLU and 2x2 max pooling that follow them in a Sequential,
-    and those two nothing, in place."""
+    by becoming layers of that kind, and those two nothing, in place."""
     wanted = {id(m) for n, m in model.named_modules() if n in names}
     for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
         for i in range(len(chain) - 2):
             conv, relu, pool = chain[i], chain[i + 1], chain[i + 2]
             if id(conv) in wanted and slides(conv) and type(relu) is nn.ReLU and _halves(pool):
-                conv.__class__ = _PooledConv2d
+                conv.__class__ = kind
                 chain[i + 1], chain[i + 2] = nn.Identity(), nn.Identity()
 
 

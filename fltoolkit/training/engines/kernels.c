@@ -21,12 +21,14 @@ typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias)
 typedef float quarter __attribute__((vector_size(LANES)));
 
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 enum { LINEAR, RELU, SIGMOID, TANH };
 
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float a) { return a - (vec){0}; }
+INLINE shorts all_short(int16_t a) { return a - (shorts){0}; }
 
 INLINE vec choose(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
 
@@ -340,6 +342,48 @@ void fl_relu_pool(const float *z, long n, long h, long w, long c, float *y, int3
             y[e] = activate(four[at], RELU);
             which[e] = four[at] > 0 ? at : NOWHERE;
         }
+    }
+}
+
+/* The same of z in bfloat16, whose numbers above 0 are ordered like the 16-bit integers of the same bits. A NaN
+ * above 0 by its sign is larger than any number, one below 0 is as small as any. */
+void fl_relu_pool_short(const int16_t *z, long n, long h, long w, long c, int16_t *y, int16_t *which)
+{
+    for (long k = 0; k < n * (h / 2) * (w / 2); k++, y += c, which += c) {
+        long image = k / ((h / 2) * (w / 2)), i = k / (w / 2) % (h / 2), j = k % (w / 2), e = 0;
+        const int16_t *a = z + ((image * h + 2 * i) * w + 2 * j) * c, *b = a + w * c, *four[] = {a, a + c, b, b + c};
+        for (; e + 2 * LANES <= c; e += 2 * LANES) {
+            shorts most = {0}, at = all_short(NOWHERE);
+            EACH (int place = 0; place < NOWHERE; place++) {
+                shorts next = *(const shorts *)(four[place] + e), larger = next > most;
+                most = (larger & next) | (~larger & most);
+                at = (larger & all_short(place)) | (~larger & at);
+            }
+            *(shorts *)(y + e) = most;
+            *(shorts *)(which + e) = at;
+        }
+        for (; e < c; e++) {
+            y[e] = 0, which[e] = NOWHERE;
+            for (int place = 0; place < NOWHERE; place++)
+                if (four[place][e] > y[e])
+                    y[e] = four[place][e], which[e] = place;
+        }
+    }
+}
+
+/* Its backward pass: z [n, h, w, c] has d [n, h / 2, w / 2, c] at the places that `which` tells, else zeros. */
+void fl_unpool_short(const int16_t *d, const int16_t *which, long n, long h, long w, long c, int16_t *z)
+{
+    memset(z, 0, n * h * w * c * sizeof *z);
+    for (long k = 0; k < n * (h / 2) * (w / 2); k++, d += c, which += c) {
+        long image = k / ((h / 2) * (w / 2)), i = k / (w / 2) % (h / 2), j = k % (w / 2), e = 0;
+        int16_t *a = z + ((image * h + 2 * i) * w + 2 * j) * c, *b = a + w * c, *four[] = {a, a + c, b, b + c};
+        for (; e + 2 * LANES <= c; e += 2 * LANES)
+            EACH (int place = 0; place < NOWHERE; place++)
+                *(shorts *)(four[place] + e) = *(const shorts *)(d + e) & (*(const shorts *)(which + e) == all_short(place));
+        for (; e < c; e++)
+            if (which[e] != NOWHERE)
+                four[which[e]][e] = d[e];
     }
 }
 

@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, list[object]] = {
     "fl_step": [*[_Pointer] * 2, *[_Long] * 3, _Pointer, _Float, _Float],
     "fl_step_bias": [_Pointer, *[_Long] * 2, _Pointer, _Float, _Float],
     "fl_relu_pool": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
+    "fl_relu_pool_short": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
+    "fl_unpool_short": [*[_Pointer] * 2, *[_Long] * 4, _Pointer],
     "fl_conv_pool_back": [*[_Pointer] * 4, *[_Long] * 9, *[_Pointer] * 7],
     "fl_train_dense": [
         *[_Pointer] * 3,
@@ -95,10 +97,10 @@ def _compile(compiler: str, source: str, path: Path) -> None:
     raise subprocess.SubprocessError(f"{compiler} cannot compile kernels.c")
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels can be had and take these tensors: float32, on the CPU, rows without gaps."""
+def fits(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels can be had and take these tensors: of that dtype, on the CPU, rows without gaps."""
     return library() is not None and all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+        t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors
     )
 
 
@@ -133,13 +135,23 @@ def step(d: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, beta: float,
 
 
 def relu_pool(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The 2x2 maxima of relu(z), z `[n, c, h, w]` in channels-last memory, and where in its window each
-    is."""
-    n, c, h, w = z.shape
-    y = torch.empty((n, c, h // 2, w // 2), memory_format=torch.channels_last)
-    which = torch.empty_like(y, dtype=torch.int32)
-    _library().fl_relu_pool(z.data_ptr(), n, h, w, c, y.data_ptr(), which.data_ptr())
+    """The 2x2 maxima of relu(z), z `[n, c, h, w]` in float32 or bfloat16 and channels-last memory, and where
+    in its window each is."""
+    (n, c, h, w), short = z.shape, z.dtype == torch.bfloat16
+    y = torch.empty((n, c, h // 2, w // 2), dtype=z.dtype, memory_format=torch.channels_last)
+    which = torch.empty_like(y, dtype=torch.int16 if short else torch.int32)
+    pool = _library().fl_relu_pool_short if short else _library().fl_relu_pool
+    pool(z.data_ptr(), n, h, w, c, y.data_ptr(), which.data_ptr())
     return y, which
+
+
+def unpool(d: Tensor, which: Tensor, height: int, width: int) -> Tensor:
+    """The gradient by z `[n, c, height, width]` of relu_pool(z), given that by its maxima, d
+    `[n, c, height // 2, width // 2]`; all in bfloat16 and channels-last memory."""
+    n, c = d.shape[:2]
+    z = torch.empty((n, c, height, width), dtype=d.dtype, memory_format=torch.channels_last)
+    _library().fl_unpool_short(d.data_ptr(), which.data_ptr(), n, height, width, c, z.data_ptr())
+    return z
 
 
 def conv_pool_back(

@@ -1,0 +1,98 @@
+"""Layers that multiply in bfloat16 and add in float32, which processors with tiles for it (AMX) do several
+times as fast as they multiply in float32.
+
+Parameters, their steps and sums of gradients over pieces of a batch stay in float32. Rounding is monotone, so
+that ReLU and max pooling of rounded numbers are the rounded ReLU and max pooling: a convolution with its
+pooling loses nothing beyond what the next product would round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fltoolkit.training.engines import native
+from fltoolkit.training.engines.fused import join_with_pool
+from fltoolkit.types import LocalSpec
+
+FROM = 32
+"""Examples in a batch from which on the rounding of weights costs less than it saves."""
+
+PIECE = 300
+"""Examples that pass a model together: activations are half as long, and each piece rounds the weights."""
+
+
+def worthwhile(local: LocalSpec) -> bool:
+    """Whether a client's steps shall compute in bfloat16."""
+    return local.precision == "bf16" and (local.batch is None or local.batch >= FROM)
+
+
+def shorten(model: nn.Module, names: Collection[str]) -> None:
+    """Let a model's convolutions and linear layers multiply in bfloat16, in place; of the convolutions, those
+    called `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it."""
+    join_with_pool(model, names, _BriefPooledConv2d)
+    for layer in model.modules():
+        if type(layer) in _BRIEF:
+            layer.__class__ = _BRIEF[type(layer)]
+
+
+def _rounded(t: Tensor) -> Tensor:
+    images = t.dim() == 4
+    return t.to(torch.bfloat16, memory_format=torch.channels_last if images else torch.preserve_format)
+
+
+class _BriefPooled(torch.autograd.Function):
+    """The 2x2 maxima of the ReLU of a convolution with stride 1, of images and weights in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        z = F.conv2d(x, weight, bias, padding=padding).contiguous(memory_format=torch.channels_last)
+        y, which = native.relu_pool(z)
+        ctx.save_for_backward(x, weight, which)
+        ctx.padding, ctx.size = padding, z.shape[2:]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, which = ctx.saved_tensors
+        below, by_weight, by_bias, _ = ctx.needs_input_grad
+        d = native.unpool(d.contiguous(memory_format=torch.channels_last), which, *ctx.size)
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            *(d, x, weight, [len(weight)], [1, 1], ctx.padding, [1, 1], False, [0, 0], 1),
+            ctx.needs_input_grad[:3],
+        )
+        return gx if below else None, gw if by_weight else None, gb if by_bias else None, None
+
+
+class _BriefPooledConv2d(nn.Conv2d):
+    """A convolution in bfloat16 with the ReLU and the pooling that follow it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = _rounded(x), _rounded(self.weight)
+        bias = None if self.bias is None else _rounded(self.bias)
+        fits = x.dim() == 4 and native.fits(x.permute(0, 2, 3, 1), dtype=torch.bfloat16)
+        if fits:
+            padding: tuple[int, int] = self.padding  # type: ignore[assignment]
+            result: Tensor = _BriefPooled.apply(x, weight, bias, padding)
+            return result.float()
+        return F.max_pool2d(F.relu(self._conv_forward(x, weight, bias)), 2).float()
+
+
+class _BriefConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else _rounded(self.bias)
+        return self._conv_forward(_rounded(x), _rounded(self.weight), bias).float()
+
+
+class _BriefLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else _rounded(self.bias)
+        return F.linear(_rounded(x), _rounded(self.weight), bias).float()
+
+
+_BRIEF: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _BriefConv2d, nn.Linear: _BriefLinear}
