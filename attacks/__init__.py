@@ -1,6 +1,8 @@
 """The attacks: one file each, one row here. Third parties add theirs by the entry point
 `fltoolkit.attacks`."""
 
+import fltoolkit  # noqa: F401  (before torch: it sets how threads wait)
+
 ATTACKS = {
     "difference": "attacks.difference:Difference",
     "disaggregation": "attacks.disaggregation:Disaggregation",

@@ -154,7 +154,7 @@ def test_models_train_and_are_evaluated_nearly_as_in_float32(name, off):
         engine = choose(net, cross_entropy, (1, 16, 16), "looped")
         params = Layout.of(net).row(net)
         delta = engine(params, [data], local, [np.random.default_rng(0)])[0]
-        found.append((delta, evaluate(task, params + delta, data)))
+        found.append((delta, evaluate(task, params, data)))
     (whole, exact), (short, near) = found
     assert 0 < distance(short, whole) < off
     assert exact.loss != near.loss == pytest.approx(exact.loss, rel=0.02)

@@ -25,6 +25,19 @@ def shell(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.parametrize("package", ["attacks", "fltoolkit"])
+@pytest.mark.parametrize(
+    ("told", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")]
+)
+def test_threads_wait_without_holding_their_core_unless_told_otherwise(package, told, expected):
+    program = (
+        f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT', ''), 'torch' in sys.modules)"
+    )
+    others = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=others | told)
+    assert done.stdout == f"{expected} False\n"
+
+
 @pytest.mark.parametrize("name", ["dlg", "idlg"])
 def test_attack_command_writes_its_files_and_a_table(name, tmp_path):
     done = shell(f"attacks.{name}", "--batch", "1", *QUICK, cwd=tmp_path)
