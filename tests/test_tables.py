@@ -267,7 +267,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
                 "note": "",
                 "effort": {"budget": budget},
             },
-            **{"runs": [ran(rounds)], "seeds": [ran(r) for r in seeds]},
+            **{"runs": [ran(rounds)], "seeds": [ran(r) | {"effort": {}} for r in seeds]},
         }
 
     results = {
@@ -324,7 +324,7 @@ def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_
     effort = run.Effort(budget=40, resolution=1, start_lr=0.01)
     first = run.run_cell(cell, effort, tmp_path / "a", silent)
     for seed in (12, 7):
-        seeds.run_seed(cell, first, seed, "cpu", tmp_path / "a", silent)
+        seeds.run_seed(cell, first, seed, run.Effort(), tmp_path / "a", silent)
     names = sorted(p.name for p in (tmp_path / "a" / "seeds").iterdir())
     assert names == ["c+12.json", "c+7.json"]
     kept = json.loads((tmp_path / "a" / "seeds" / "c+7.json").read_text(encoding="utf-8"))
@@ -333,16 +333,18 @@ def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_
     assert "versions" in kept
     alone = run.train_at(tmp_path / "x.pt", cell, replace(effort, seed=7), 0, inf, 0.85, silent)
     slower = {**first, "lr": 0.1}
-    seeds.run_seed(replace(cell, id="e"), slower, 7, "cpu", tmp_path / "a", silent)
+    told = run.Effort(precision="bf16")
+    seeds.run_seed(replace(cell, id="e"), slower, 7, told, tmp_path / "a", silent)
     assert seeds.read_seeds(tmp_path / "a", "e", slower)[0]["lr"] == pytest.approx(0.1)
+    assert seeds.read_seeds(tmp_path / "a", "e", slower)[0]["effort"]["precision"] == "bf16"
     at_seven, at_twelve = seeds.read_seeds(tmp_path / "a", "c", first)
     assert (first["lr"], at_seven["rounds"]) == (1.0, alone.rounds)
     assert at_twelve["rounds"] != at_seven["rounds"]
 
     monkeypatch.setattr(seeds, "train_at", None)  # neither a kept seed nor a twin's is trained again
-    seeds.run_seed(cell, first, 7, "cpu", tmp_path / "a", silent)
+    seeds.run_seed(cell, first, 7, run.Effort(), tmp_path / "a", silent)
     twin = run.run_cell(replace(cell, id="d"), effort, tmp_path / "b", silent)
-    seeds.run_seed(replace(cell, id="d"), twin, 12, "cpu", tmp_path / "b", silent)
+    seeds.run_seed(replace(cell, id="d"), twin, 12, run.Effort(), tmp_path / "b", silent)
     assert seeds.read_seeds(tmp_path / "b", "d", twin) == [at_seven, at_twelve]
 
 
@@ -381,7 +383,7 @@ def test_command_trains_in_the_precision_it_is_told_and_the_table_says_which(
         options = TableOptions(precision=precision, resolution=1, budget=3, out=str(tmp_path / precision))
         run_table("easy", options)
         found.append(json.loads((tmp_path / precision / "c.json").read_text(encoding="utf-8")))
-        assert ("in bfloat16: c." in capsys.readouterr().out) == (precision == "bf16")
+        assert ("in bfloat16, of a seed at least: c." in capsys.readouterr().out) == (precision == "bf16")
     assert [f["effort"]["precision"] for f in found] == ["float32", "bf16"]
     assert found[0]["runs"] != found[1]["runs"]
     with pytest.raises(InputError, match="precision must be one of"):
@@ -406,18 +408,18 @@ def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     first = run.run_cell(cell, run.Effort(budget=40, resolution=1), tmp_path, silent)
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
-    seeds.run_seed(cell, first, 3, "cpu", tmp_path / "whole", silent)
+    seeds.run_seed(cell, first, 3, run.Effort(), tmp_path / "whole", silent)
 
     def killed(what, number, *args):
         if number == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        seeds.run_seed(cell, first, 3, "cpu", tmp_path / "cut", killed)
+        seeds.run_seed(cell, first, 3, run.Effort(), tmp_path / "cut", killed)
     assert [p.name for p in (tmp_path / "cut" / "seeds").iterdir()] == ["c+3.pt"]
     numbers = []
     seeds.run_seed(
-        cell, first, 3, "cpu", tmp_path / "cut", lambda what, number, *args: numbers.append(number)
+        cell, first, 3, run.Effort(), tmp_path / "cut", lambda what, number, *args: numbers.append(number)
     )
     (whole,), (cut,) = (seeds.read_seeds(tmp_path / f, "c", first) for f in ("whole", "cut"))
     assert numbers[0] == 2

@@ -64,7 +64,7 @@ def run_table(name: str, o: TableOptions) -> int:
         wanted = wanted if o.buffer is None else replace(wanted, buffer=o.buffer or None)
         result = run_cell(wanted, effort, folder, report)
         for seed in range(o.seed + 1, o.seed + o.seeds):
-            run_seed(wanted, result, seed, o.device, folder, report)
+            run_seed(wanted, result, seed, effort, folder, report)
     results = show.read_results(chosen, folder)
     print(show.render(chosen, results))
     if results:

@@ -50,16 +50,17 @@ class Estimate:
 
 
 def run_seed(
-    cell: Cell, result: Mapping[str, Any], seed: int, device: str, folder: Path, report: Report
+    cell: Cell, result: Mapping[str, Any], seed: int, told: Effort, folder: Path, report: Report
 ) -> None:
-    """Train `cell` at the learning rate of `result` with another seed, or go on where that stopped; writes
-    FOLDER/seeds/ID+SEED.json."""
+    """Train `cell` at the learning rate of `result` with another seed, on the device and in the precision of
+    `told`, or go on where that stopped; writes FOLDER/seeds/ID+SEED.json."""
     stem = _stem(folder, cell.id, result)
     path = stem.with_name(f"{stem.name}+{seed}.json")
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    effort = replace(Effort(**result["effort"]), seed=seed, device=device)
+    effort = replace(Effort(**result["effort"]), seed=seed)
+    effort = replace(effort, device=told.device, precision=told.precision)
     checkpoint = path.with_suffix(".pt")
     run = train_at(checkpoint, cell, effort, effort.index(result["lr"]), inf, cell.target, report)
     content = {
@@ -79,7 +80,7 @@ def read_seeds(folder: Path, cell_id: str, result: Mapping[str, Any]) -> list[di
     """The runs of the cell's other seeds, by seed."""
     stem = _stem(folder, cell_id, result)
     found = [json.loads(p.read_text(encoding="utf-8")) for p in stem.parent.glob(f"{stem.name}+*.json")]
-    return [f["run"] for f in sorted(found, key=lambda f: int(f["effort"]["seed"]))]
+    return [f["run"] | {"effort": f["effort"]} for f in sorted(found, key=lambda f: int(f["effort"]["seed"]))]
 
 
 def _stem(folder: Path, cell_id: str, result: Mapping[str, Any]) -> Path:

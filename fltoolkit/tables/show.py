@@ -115,9 +115,9 @@ def _remarks(table: Table, results: Results) -> list[str]:
         lines.append("* the best learning rate found lies at the edge of those tried.")
     if any(r["probes"] for r in results.values()):
         lines.append("Some cells ran at one learning rate only, chosen by a short probe recorded with them.")
-    short = [i for i, r in results.items() if r["effort"].get("precision") == "bf16"]
+    short = [i for i, r in results.items() if any(_is_short(s) for s in (r, *r["seeds"]))]
     if short:
-        lines.append(f"Products of numbers in bfloat16: {', '.join(short)}.")
+        lines.append(f"Products of numbers in bfloat16, of a seed at least: {', '.join(short)}.")
     if any(r["seeds"] for r in results.values()):
         lines.append("[low, high]: the geometric mean over several seeds stands before its 95 % interval.")
     lines += [
@@ -125,6 +125,10 @@ def _remarks(table: Table, results: Results) -> list[str]:
     ]
     lines += sorted({r["note"] for r in results.values() if r["note"]})
     return lines
+
+
+def _is_short(run: Mapping[str, Any]) -> bool:
+    return run["effort"].get("precision") == "bf16"
 
 
 def _remarkable(cell: Cell, result: Mapping[str, Any]) -> bool:
