@@ -256,7 +256,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     table = cells.table("table1-2nn")
 
     def ran(rounds):
-        return {"rounds": rounds, "best": 0.97, "ran": 90, "corners": [[1, 0.5], [80, 0.97]]}
+        return {"rounds": rounds, "best": 0.97, "ran": 90, "effort": {}, "corners": [[1, 0.5], [80, 0.97]]}
 
     def result(rounds, interior=True, seeds=(), budget=9999):
         return {
@@ -267,7 +267,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
                 "note": "",
                 "effort": {"budget": budget},
             },
-            **{"runs": [ran(rounds)], "seeds": [ran(r) | {"effort": {}} for r in seeds]},
+            **{"runs": [ran(rounds)], "seeds": [ran(r) for r in seeds]},
         }
 
     results = {
@@ -299,7 +299,7 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, paper 619." in text
     assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, paper 1658." in text
     assert "1602.05629" in text
-    diverged = {"rounds": None, "best": 0.0, "ran": 0, "corners": []}
+    diverged = {"rounds": None, "best": 0.0, "ran": 0, "effort": {}, "corners": []}
     results["2nn-C0.0-B10-iid"]["seeds"].append(diverged)
     assert "300 | 316" in show.render(table, results)
     show.draw(table, results, tmp_path / "t.png")
