@@ -17,8 +17,12 @@ def check_local(local: LocalSpec) -> None:
     require(0 <= local.momentum < 1, "momentum", "at least 0 and below 1", local.momentum)
     good = np.isfinite(local.weight_decay) and local.weight_decay >= 0
     require(good, "weight_decay", "a finite number >= 0", local.weight_decay)
-    require(local.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", local.precision)
+    check_precision(local.precision)
     require(local.buffer is None or local.buffer >= 1, "shuffle_buffer", ">= 1", local.buffer)
+
+
+def check_precision(precision: str) -> None:
+    require(precision in PRECISIONS, "precision", f"one of {PRECISIONS}", precision)
 
 
 def check_searchable(data: Dataset) -> None:

@@ -98,6 +98,18 @@ def test_of_equal_maxima_the_first_has_the_gradient_and_zero_has_none():
     assert torch.equal(which[0, 39], torch.tensor([[4, 0]], dtype=torch.int16))
 
 
+@compiled
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0xFFC0 - 2**16, 0xFF81 - 2**16, -1])
+def test_nan_is_not_pooled_away_whatever_its_sign(bits):
+    z = torch.full((1, 33, 2, 4), -3.0).bfloat16().contiguous(**CHANNELS_LAST)
+    z[..., 3] = float("-inf")
+    z[:, :, 1, 1] = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)
+    y, which = native.relu_pool(z)
+    assert y[..., 0].isnan().all()
+    assert (y[..., 1] == 0).all()
+    assert [set(which[..., i].flatten().tolist()) for i in range(2)] == [{3}, {4}]
+
+
 @pytest.mark.parametrize("kernels", [pytest.param(True, marks=compiled), False])
 def test_layers_compute_what_rounding_before_each_product_gives(kernels, monkeypatch):
     if not kernels:

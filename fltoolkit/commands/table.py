@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,10 +75,9 @@ def run_table(name: str, o: TableOptions) -> int:
 
 
 def _effort(o: TableOptions) -> Effort:
-    from fltoolkit.checks import check_device
+    from fltoolkit.checks import check_device, check_precision
     from fltoolkit.errors import require
     from fltoolkit.tables.run import Effort
-    from fltoolkit.types import PRECISIONS
 
     require(o.start_lr > 0, "start_lr", "> 0", o.start_lr)
     for name in ("resolution", "budget", "eval_every", "seeds"):
@@ -87,9 +86,6 @@ def _effort(o: TableOptions) -> Effort:
     require(o.probe is None or o.probe >= 1, "probe", ">= 1", o.probe)
     require(o.buffer is None or o.buffer >= 0, "buffer", ">= 0", o.buffer)
     require(o.seed >= 0, "seed", ">= 0", o.seed)
-    require(o.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", o.precision)
+    check_precision(o.precision)
     check_device(o.device)
-    return Effort(
-        *(o.resolution, o.start_lr, o.budget, o.most, o.probe, o.eval_every, o.seed, o.device),
-        precision=o.precision,
-    )
+    return Effort(**{f.name: getattr(o, f.name) for f in fields(Effort)})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fltoolkit.attack import Attack, Progress, grouped, silent
+from fltoolkit.checks import check_precision
 from fltoolkit.errors import require
 from fltoolkit.inversion.adam import Adam, Schedule
 from fltoolkit.inversion.adaptation import adapt, mixes
@@ -24,7 +25,7 @@ from fltoolkit.inversion.matching import GradientMatching, Objective
 from fltoolkit.inversion.prior import total_variation
 from fltoolkit.inversion.search import Bounds, Optimiser, search
 from fltoolkit.inversion.spectrum import Spectrum
-from fltoolkit.types import PRECISIONS, Observation, Reconstruction
+from fltoolkit.types import Observation, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class GradientInversion(Attack):
         require(self.restarts >= 1, "restarts", ">= 1", self.restarts)
         require(self.tolerance >= 0, "tolerance", ">= 0", self.tolerance)
         require(self.patience >= 0, "patience", ">= 0", self.patience)
-        require(self.precision in PRECISIONS, "precision", f"one of {PRECISIONS}", self.precision)
+        check_precision(self.precision)
 
     def infer_labels(self, observation: Observation) -> Tensor | None:
         """Labels `[N]` to hold fixed during the search, or None to search them too."""

@@ -185,8 +185,8 @@ def train_at(
     federation = fed.Federation(
         task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
     )
-    config = {**cell.setting(), "lr": lr, "seed": effort.seed, "eval_every": effort.eval_every}
-    config["precision"] = effort.precision
+    told = {"seed": effort.seed, "eval_every": effort.eval_every, "precision": effort.precision}
+    config = {**cell.setting(), "lr": lr, **told}
     state = fed.State(task.layout.row(task.model).to(effort.device))
     if checkpoint.exists():
         state = fed.resume(checkpoint, config)

@@ -59,8 +59,8 @@ def run_seed(
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    effort = replace(Effort(**result["effort"]), seed=seed)
-    effort = replace(effort, device=told.device, precision=told.precision)
+    known = Effort(**result["effort"])
+    effort = replace(known, seed=seed, device=told.device, precision=told.precision)
     checkpoint = path.with_suffix(".pt")
     run = train_at(checkpoint, cell, effort, effort.index(result["lr"]), inf, cell.target, report)
     content = {

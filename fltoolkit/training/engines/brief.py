@@ -45,6 +45,10 @@ def _rounded(t: Tensor) -> Tensor:
     return t.to(torch.bfloat16, memory_format=torch.channels_last if images else torch.preserve_format)
 
 
+def _weights(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return _rounded(layer.weight), None if layer.bias is None else _rounded(layer.bias)
+
+
 class _BriefPooled(torch.autograd.Function):
     """The 2x2 maxima of the ReLU of a convolution with stride 1, of images and weights in bfloat16."""
 
@@ -60,23 +64,20 @@ class _BriefPooled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, which = ctx.saved_tensors
-        below, by_weight, by_bias, _ = ctx.needs_input_grad
         d = native.unpool(d.contiguous(memory_format=torch.channels_last), which, *ctx.size)
-        gx, gw, gb = torch.ops.aten.convolution_backward(
+        found = torch.ops.aten.convolution_backward(
             *(d, x, weight, [len(weight)], [1, 1], ctx.padding, [1, 1], False, [0, 0], 1),
             ctx.needs_input_grad[:3],
         )
-        return gx if below else None, gw if by_weight else None, gb if by_bias else None, None
+        return *found, None
 
 
 class _BriefPooledConv2d(nn.Conv2d):
     """A convolution in bfloat16 with the ReLU and the pooling that follow it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = _rounded(x), _rounded(self.weight)
-        bias = None if self.bias is None else _rounded(self.bias)
-        fits = x.dim() == 4 and native.fits(x.permute(0, 2, 3, 1), dtype=torch.bfloat16)
-        if fits:
+        x, (weight, bias) = _rounded(x), _weights(self)
+        if x.dim() == 4 and native.fits(x.permute(0, 2, 3, 1), dtype=torch.bfloat16):
             padding: tuple[int, int] = self.padding  # type: ignore[assignment]
             result: Tensor = _BriefPooled.apply(x, weight, bias, padding)
             return result.float()
@@ -85,14 +86,12 @@ class _BriefPooledConv2d(nn.Conv2d):
 
 class _BriefConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else _rounded(self.bias)
-        return self._conv_forward(_rounded(x), _rounded(self.weight), bias).float()
+        return self._conv_forward(_rounded(x), *_weights(self)).float()
 
 
 class _BriefLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else _rounded(self.bias)
-        return F.linear(_rounded(x), _rounded(self.weight), bias).float()
+        return F.linear(_rounded(x), *_weights(self)).float()
 
 
 _BRIEF: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _BriefConv2d, nn.Linear: _BriefLinear}

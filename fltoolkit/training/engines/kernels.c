@@ -345,8 +345,13 @@ void fl_relu_pool(const float *z, long n, long h, long w, long c, float *y, int3
     }
 }
 
-/* The same of z in bfloat16, whose numbers above 0 are ordered like the 16-bit integers of the same bits. A NaN
- * above 0 by its sign is larger than any number, one below 0 is as small as any. */
+/* NaNs of bfloat16 without their sign, as which they are larger than any number. */
+INLINE shorts unsigned_nan(shorts z)
+{
+    return z & ~((z > all_short(-128)) & (z < 0) & all_short(INT16_MIN));
+}
+
+/* The same of z in bfloat16, whose numbers above 0 are ordered like the 16-bit integers of the same bits. */
 void fl_relu_pool_short(const int16_t *z, long n, long h, long w, long c, int16_t *y, int16_t *which)
 {
     for (long k = 0; k < n * (h / 2) * (w / 2); k++, y += c, which += c) {
@@ -355,7 +360,7 @@ void fl_relu_pool_short(const int16_t *z, long n, long h, long w, long c, int16_
         for (; e + 2 * LANES <= c; e += 2 * LANES) {
             shorts most = {0}, at = all_short(NOWHERE);
             EACH (int place = 0; place < NOWHERE; place++) {
-                shorts next = *(const shorts *)(four[place] + e), larger = next > most;
+                shorts next = unsigned_nan(*(const shorts *)(four[place] + e)), larger = next > most;
                 most = (larger & next) | (~larger & most);
                 at = (larger & all_short(place)) | (~larger & at);
             }
@@ -364,9 +369,11 @@ void fl_relu_pool_short(const int16_t *z, long n, long h, long w, long c, int16_
         }
         for (; e < c; e++) {
             y[e] = 0, which[e] = NOWHERE;
-            for (int place = 0; place < NOWHERE; place++)
-                if (four[place][e] > y[e])
-                    y[e] = four[place][e], which[e] = place;
+            for (int place = 0; place < NOWHERE; place++) {
+                int16_t next = unsigned_nan(all_short(four[place][e]))[0];
+                if (next > y[e])
+                    y[e] = next, which[e] = place;
+            }
         }
     }
 }
