@@ -110,6 +110,50 @@ def test_nan_is_not_pooled_away_whatever_its_sign(bits):
     assert [set(which[..., i].flatten().tolist()) for i in range(2)] == [{3}, {4}]
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("channels", "kernel", "padding"),
+    [(1, (5, 5), (2, 2)), (2, (4, 3), (1, 0)), (3, (3, 3), (0, 1)), (1, (2, 6), (1, 3))],
+)
+def test_small_filters_gradient_is_that_of_torch_in_double_precision(channels, kernel, padding):
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, 8, 9).bfloat16().contiguous(**CHANNELS_LAST)
+    weight, bias = (torch.randn(s).bfloat16() for s in ((32, channels, *kernel), (32,)))
+    assert native.few(weight)
+    z = F.conv2d(x, weight, bias, padding=padding).contiguous(**CHANNELS_LAST)
+    y, which = native.relu_pool(z)
+    d = torch.randn_like(y)
+    found = native.conv_pool_grad(x, weight, d, which, padding)
+    exact = [t.double().requires_grad_() for t in (weight, bias)]
+    out = F.conv2d(x.double(), *exact, padding=padding)
+    below = native.unpool(d, which, *z.shape[2:]).double()
+    for mine, theirs in zip(found, torch.autograd.grad(out, exact, below), strict=True):
+        assert mine.dtype == torch.float32
+        assert distance(mine, theirs) < 1e-6
+
+
+def test_numbers_that_stay_rounded_between_layers_are_the_same(monkeypatch):
+    data, seen = examples(40), []
+    for stays in (True, False):
+        net = chain()
+        net[4] = nn.ReLU()
+        brief.shorten(net, {"0", "3", "6"})
+        layers = [m for m in net.modules() if isinstance(m, brief._Brief)]
+        assert [m.stays for m in layers] == [True, True, False, False], "a Tanh comes after the third"
+        for layer in layers:
+            layer.stays = layer.stays and stays
+        y = net(data.x)
+        seen.append((y, *torch.autograd.grad(cross_entropy(y, data.y).sum(), list(net.parameters()))))
+    for mine, theirs in zip(*seen, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_layer_called_twice_gives_float32():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    brief.shorten(net, {"2"})
+    assert net[0](torch.ones(2, 4)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kernels", [pytest.param(True, marks=compiled), False])
 def test_layers_compute_what_rounding_before_each_product_gives(kernels, monkeypatch):
     if not kernels:

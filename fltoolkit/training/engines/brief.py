@@ -33,11 +33,19 @@ def worthwhile(local: LocalSpec) -> bool:
 
 def shorten(model: nn.Module, names: Collection[str]) -> None:
     """Let a model's convolutions and linear layers multiply in bfloat16, in place; of the convolutions, those
-    called `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it."""
+    called `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it. Layers give
+    float32, except where the next one in a Sequential would round that again."""
+    once = {id(m) for n, m in model.named_modules() if n in names}
     join_with_pool(model, names, _BriefPooledConv2d)
     for layer in model.modules():
         if type(layer) in _BRIEF:
             layer.__class__ = _BRIEF[type(layer)]
+    for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
+        rounds = False
+        for layer in reversed(chain):
+            if isinstance(layer, _Brief):
+                layer.stays = rounds and id(layer) in once
+            rounds = isinstance(layer, _Brief) or (rounds and type(layer) in _KEEP_ROUNDED)
 
 
 def _rounded(t: Tensor) -> Tensor:
@@ -64,34 +72,46 @@ class _BriefPooled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, which = ctx.saved_tensors
-        d = native.unpool(d.contiguous(memory_format=torch.channels_last), which, *ctx.size)
+        d = d.contiguous(memory_format=torch.channels_last)
+        if native.few(weight) and not ctx.needs_input_grad[0]:
+            gw, gb = native.conv_pool_grad(x, weight, d, which, ctx.padding)
+            return None, gw, gb if ctx.needs_input_grad[2] else None, None
         found = torch.ops.aten.convolution_backward(
-            *(d, x, weight, [len(weight)], [1, 1], ctx.padding, [1, 1], False, [0, 0], 1),
-            ctx.needs_input_grad[:3],
+            *(native.unpool(d, which, *ctx.size), x, weight, [len(weight)], [1, 1], ctx.padding),
+            *([1, 1], False, [0, 0], 1, ctx.needs_input_grad[:3]),
         )
         return *found, None
 
 
-class _BriefPooledConv2d(nn.Conv2d):
+class _Brief(nn.Module):
+    """A layer that gives its output rounded (`stays`), or as the same numbers in float32."""
+
+    stays = False
+
+    def given(self, y: Tensor) -> Tensor:
+        return y if self.stays else y.float()
+
+
+class _BriefPooledConv2d(_Brief, nn.Conv2d):
     """A convolution in bfloat16 with the ReLU and the pooling that follow it."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, (weight, bias) = _rounded(x), _weights(self)
         if x.dim() == 4 and native.fits(x.permute(0, 2, 3, 1), dtype=torch.bfloat16):
             padding: tuple[int, int] = self.padding  # type: ignore[assignment]
-            result: Tensor = _BriefPooled.apply(x, weight, bias, padding)
-            return result.float()
-        return F.max_pool2d(F.relu(self._conv_forward(x, weight, bias)), 2).float()
+            return self.given(_BriefPooled.apply(x, weight, bias, padding))
+        return self.given(F.max_pool2d(F.relu(self._conv_forward(x, weight, bias)), 2))
 
 
-class _BriefConv2d(nn.Conv2d):
+class _BriefConv2d(_Brief, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(_rounded(x), *_weights(self)).float()
+        return self.given(self._conv_forward(_rounded(x), *_weights(self)))
 
 
-class _BriefLinear(nn.Linear):
+class _BriefLinear(_Brief, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_rounded(x), *_weights(self)).float()
+        return self.given(F.linear(_rounded(x), *_weights(self)))
 
 
 _BRIEF: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _BriefConv2d, nn.Linear: _BriefLinear}
+_KEEP_ROUNDED = (nn.Identity, nn.Flatten, nn.ReLU, nn.MaxPool2d)

@@ -22,6 +22,7 @@ typedef float quarter __attribute__((vector_size(LANES)));
 
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int16_t shorts __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef int16_t few_shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 enum { LINEAR, RELU, SIGMOID, TANH };
 
@@ -509,5 +510,62 @@ void fl_conv_pool_back(const float *x, const float *wt, const float *d, const in
             for (long e = o * most; e < o * most + count[o]; e++)
                 patch_add(wt + o * patch, values[e], line, kh, kw * in, gwide + offsets[e]);
         unpad(gwide, h, w, in, ph, pw, gx + k * h * w * in);
+    }
+}
+
+/* g [rows of a patch][its columns, `wide` a row][LANES outputs] += what R rows and V columns of it take from one
+ * image x with its margin: of each window's four places, the one that `which` tells has the gradient d. */
+INLINE void few_taps(const int R, const int V, const float *x, const int16_t *d, const int16_t *which, long p, long q,
+                     long line, long in, long wide, long out, float *g)
+{
+    vec s[5][5];
+    EACH (int r = 0; r < R; r++)
+        EACH (int c = 0; c < V; c++) s[r][c] = load(g + (r * wide + c) * out);
+    for (long i = 0; i < p; i++)
+        for (long j = 0; j < q; j++, d += out, which += out) {
+            ints at = __builtin_convertvector(*(const few_shorts *)which, ints);
+            ints v = __builtin_convertvector(*(const few_shorts *)d, ints) << 16;
+            EACH (int place = 0; place < NOWHERE; place++) {
+                const float *from = x + (2 * i + place / 2) * line + (2 * j + place % 2) * in;
+                vec here = (vec)(v & (at == place));
+                EACH (int r = 0; r < R; r++)
+                    EACH (int c = 0; c < V; c++) s[r][c] += here * all(from[r * line + c]);
+            }
+        }
+    EACH (int r = 0; r < R; r++)
+        EACH (int c = 0; c < V; c++) store(g + (r * wide + c) * out, s[r][c]);
+}
+
+/* Gradients by the weight, g [kh, kw, in, out], and the bias, gb [out], of a convolution with stride 1 and small
+ * patches whose ReLU was pooled: x [n, h, w, in] in float, d and `which` [n, p, q, out] as fl_relu_pool_short has
+ * them. `out` is a multiple of LANES. Room: wide for an image with its margin. */
+void fl_conv_pool_grad_short(const float *x, const int16_t *d, const int16_t *which, long n, long h, long w, long in,
+                             long out, long kh, long kw, long ph, long pw, float *g, float *gb, float *wide)
+{
+    long line = (w + 2 * pw) * in, p = (h + 2 * ph - kh + 1) / 2, q = (w + 2 * pw - kw + 1) / 2;
+    memset(g, 0, kh * kw * in * out * sizeof(float));
+    memset(gb, 0, out * sizeof(float));
+    for (long k = 0; k < n; k++, d += p * q * out, which += p * q * out) {
+        pad(x + k * h * w * in, h, w, in, ph, pw, wide);
+        for (long o = 0; o < out; o += LANES) {
+            for (long at = o; at < p * q * out; at += out) {
+                ints v = __builtin_convertvector(*(const few_shorts *)(d + at), ints) << 16;
+                ints place = __builtin_convertvector(*(const few_shorts *)(which + at), ints);
+                store(gb + o, load(gb + o) + (vec)(v & (place != NOWHERE)));
+            }
+            for (long r = 0, high; r < kh; r += high) {
+                high = kh - r >= 5 ? 5 : kh - r >= 3 ? 3 : 1;
+                for (long c = 0, many; c < kw * in; c += many) {
+                    many = kw * in - c >= 5 ? 5 : kw * in - c >= 3 ? 3 : 1;
+#define TAPS(R, V)                                                                                   \
+    if (high == R && many == V)                                                                      \
+    few_taps(R, V, wide + r * line + c, d + o, which + o, p, q, line, in, kw * in, out,              \
+             g + (r * kw * in + c) * out + o)
+                    TAPS(1, 1); TAPS(1, 3); TAPS(1, 5);
+                    TAPS(3, 1); TAPS(3, 3); TAPS(3, 5);
+                    TAPS(5, 1); TAPS(5, 3); TAPS(5, 5);
+                }
+            }
+        }
     }
 }

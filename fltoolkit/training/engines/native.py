@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, list[object]] = {
     "fl_relu_pool": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
     "fl_relu_pool_short": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
     "fl_unpool_short": [*[_Pointer] * 2, *[_Long] * 4, _Pointer],
+    "fl_conv_pool_grad_short": [*[_Pointer] * 3, *[_Long] * 9, *[_Pointer] * 3],
     "fl_conv_pool_back": [*[_Pointer] * 4, *[_Long] * 9, *[_Pointer] * 7],
     "fl_train_dense": [
         *[_Pointer] * 3,
@@ -171,6 +172,31 @@ def conv_pool_back(
         *(t.data_ptr() for t in (gw, gb, wide, gwide, values, offsets)),
     )
     return gx, gw, gb
+
+
+FEW = 32
+"""Weights of an output channel up to which a gradient is summed faster here than as a product."""
+
+
+def few(weight: Tensor) -> bool:
+    """Whether `conv_pool_grad` serves a convolution with the weights `[out, in, kh, kw]`."""
+    return weight[0].numel() <= FEW and len(weight) % LANES == 0
+
+
+def conv_pool_grad(
+    x: Tensor, weight: Tensor, d: Tensor, which: Tensor, padding: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients in float32 by the weight `[out, in, kh, kw]` and the bias of relu_pool(conv(x)), given that
+    by its output, d; x, d in bfloat16 and all in channels-last memory."""
+    (n, c, h, w), (out, _, kh, kw), (ph, pw) = x.shape, weight.shape, padding
+    x = x.float()
+    gw, gb, wide = x.new_empty(kh, kw, c, out), x.new_empty(out), x.new_empty(h + 2 * ph, w + 2 * pw, c)
+    _library().fl_conv_pool_grad_short(
+        *(t.data_ptr() for t in (x, d, which)),
+        *(n, h, w, c, out, kh, kw, ph, pw),
+        *(t.data_ptr() for t in (gw, gb, wide)),
+    )
+    return gw.permute(3, 2, 0, 1), gb
 
 
 def train_dense(
