@@ -38,14 +38,14 @@ class Rounded(torch.autograd.Function):
 class Slow(nn.Module):
     """A chain of layers in double precision whose products round what goes in and what comes out."""
 
-    def __init__(self, chain):
+    def __init__(self, chain, kinds=(nn.Conv2d, nn.Linear)):
         super().__init__()
-        self.chain = chain.double()
+        self.chain, self.kinds = chain.double(), kinds
 
     def forward(self, x):
         x = x.double()
         for layer in self.chain:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, self.kinds):
                 inputs = [Rounded.apply(t) for t in (x, layer.weight, layer.bias)]
                 product = F.linear(*inputs) if isinstance(layer, nn.Linear) else layer._conv_forward(*inputs)
                 x = Rounded.apply(product)
@@ -137,7 +137,7 @@ def test_numbers_that_stay_rounded_between_layers_are_the_same(monkeypatch):
     for stays in (True, False):
         net = chain()
         net[4] = nn.ReLU()
-        brief.shorten(net, {"0", "3", "6"})
+        brief.shorten(net, {"0", "3", "6"}, brief.FROM)
         layers = [m for m in net.modules() if isinstance(m, brief._Brief)]
         assert [m.stays for m in layers] == [True, True, False, False], "a Tanh comes after the third"
         for layer in layers:
@@ -150,7 +150,7 @@ def test_numbers_that_stay_rounded_between_layers_are_the_same(monkeypatch):
 
 def test_a_layer_called_twice_gives_float32():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    brief.shorten(net, {"2"})
+    brief.shorten(net, {"2"}, brief.FROM)
     assert net[0](torch.ones(2, 4)).dtype == torch.float32
 
 
@@ -159,7 +159,7 @@ def test_layers_compute_what_rounding_before_each_product_gives(kernels, monkeyp
     if not kernels:
         monkeypatch.setattr(native, "library", lambda: None)
     fast, slow, data = chain(), Slow(chain()), examples(40)
-    brief.shorten(fast, {"0"})
+    brief.shorten(fast, {"0"}, brief.FROM)
     assert isinstance(fast[1], nn.Identity)
     x, twin = data.x.clone().requires_grad_(), data.x.clone().requires_grad_()
     y, expected = fast(x), slow(twin)
@@ -189,14 +189,25 @@ def test_a_clients_steps_are_those_of_a_loop_that_rounds(momentum, monkeypatch):
         assert found.dtype == torch.float32
 
 
-def test_small_batches_stay_in_float32(monkeypatch):
-    data = [examples(90)]
-    for batch in (brief.FROM - 1, brief.FROM):
-        local = LocalSpec(1, batch, 0.1, precision="bf16")
-        found = trained(chain(), local, data, monkeypatch)
-        expected = trained(chain(), replace(local, precision="float32"), data, monkeypatch)
-        assert torch.equal(found, expected) == (batch < brief.FROM)
+@pytest.mark.parametrize("batch", [brief.FROM[nn.Conv2d] - 1, brief.FROM[nn.Conv2d], brief.FROM[nn.Linear]])
+def test_small_batches_round_what_pays(batch, monkeypatch):
+    local, data = LocalSpec(1, batch, 0.1, precision="bf16"), [examples(90)]
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(162, 8), nn.ReLU(), nn.Linear(8, 4))
+    for net, kind in ((chain(), nn.Conv2d), (dense, nn.Linear)):
+        found = trained(net, local, data, monkeypatch)
+        expected = trained(net, replace(local, precision="float32"), data, monkeypatch)
+        assert torch.equal(found, expected) == (batch < brief.FROM[kind])
         assert distance(found, expected) < 2e-2
+
+
+def test_beside_linear_layers_in_float32_convolutions_compute_what_rounding_gives(monkeypatch):
+    local, data = LocalSpec(2, brief.FROM[nn.Conv2d], 0.1, precision="bf16"), [examples(70)]
+    found = trained(chain(), local, data, monkeypatch)
+    slow = Slow(chain(), (nn.Conv2d,))
+    expected = trained(slow, replace(local, precision="float32"), data, monkeypatch)
+    all_rounded = trained(Slow(chain()), replace(local, precision="float32"), data, monkeypatch)
+    assert distance(found, expected) < 1e-2
+    assert distance(found, expected) < distance(found, all_rounded)
 
 
 @pytest.mark.parametrize(("name", "off"), [("2nn", 0.1), ("cnn", 0.1), ("lenet", 0.1), ("resnet18", 0.4)])

@@ -14,7 +14,7 @@ from fltoolkit.loss import IGNORE
 from fltoolkit.metrics.interval import rate_interval
 from fltoolkit.models import evaluating
 from fltoolkit.training.engines import brief, recurrent
-from fltoolkit.training.engines.fused import called_once, join_with_pool
+from fltoolkit.training.engines.fused import called_once
 from fltoolkit.training.task import Task
 from fltoolkit.types import Examples
 
@@ -62,7 +62,7 @@ def _faster(model: nn.Module, x: Tensor, short: bool) -> nn.Module:
     on the input x `[1, ...]`."""
     copy = deepcopy(model)
     recurrent.speed_up(copy)
-    (brief.shorten if short else join_with_pool)(copy, called_once(copy, x))
+    brief.shorten(copy, called_once(copy, x), brief.FROM if short else ())
     return copy
 
 

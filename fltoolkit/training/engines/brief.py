@@ -16,29 +16,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fltoolkit.training.engines import native
-from fltoolkit.training.engines.fused import join_with_pool
+from fltoolkit.training.engines.fused import PooledConv2d, join_with_pool
 from fltoolkit.types import LocalSpec
 
-FROM = 32
-"""Examples in a batch from which on the rounding of weights costs less than it saves."""
+FROM = {nn.Conv2d: 8, nn.Linear: 32}
+"""Examples in a batch from which on the rounding of a layer's weights costs less than it saves."""
 
 PIECE = 300
 """Examples that pass a model together: activations are half as long, and each piece rounds the weights."""
 
 
-def worthwhile(local: LocalSpec) -> bool:
-    """Whether a client's steps shall compute in bfloat16."""
-    return local.precision == "bf16" and (local.batch is None or local.batch >= FROM)
+def layers(local: LocalSpec) -> Collection[type[nn.Module]]:
+    """Kinds of layers that shall compute in bfloat16 in a client's steps."""
+    short = local.precision == "bf16"
+    return [kind for kind, least in FROM.items() if short and (local.batch is None or local.batch >= least)]
 
 
-def shorten(model: nn.Module, names: Collection[str]) -> None:
-    """Let a model's convolutions and linear layers multiply in bfloat16, in place; of the convolutions, those
-    called `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it. Layers give
-    float32, except where the next one in a Sequential would round that again."""
+def shorten(model: nn.Module, names: Collection[str], kinds: Collection[type[nn.Module]]) -> None:
+    """Let a model's layers of these kinds multiply in bfloat16, in place; of the convolutions, those called
+    `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it. Layers give float32,
+    except where the next one in a Sequential would round that again."""
     once = {id(m) for n, m in model.named_modules() if n in names}
-    join_with_pool(model, names, _BriefPooledConv2d)
+    join_with_pool(model, names, _BriefPooledConv2d if nn.Conv2d in kinds else PooledConv2d)
     for layer in model.modules():
-        if type(layer) in _BRIEF:
+        if type(layer) in kinds:
             layer.__class__ = _BRIEF[type(layer)]
     for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
         rounds = False

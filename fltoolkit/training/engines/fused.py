@@ -113,7 +113,7 @@ class _Pooled(torch.autograd.Function):
         return gx, gw, gb if biased else None, None
 
 
-class _PooledConv2d(nn.Conv2d):
+class PooledConv2d(nn.Conv2d):
     """A convolution with the ReLU and the pooling that follow it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class _PooledConv2d(nn.Conv2d):
         return F.max_pool2d(F.relu(super().forward(x)), 2)
 
 
-def join_with_pool(model: nn.Module, names: Collection[str], kind: type[nn.Conv2d] = _PooledConv2d) -> None:
+def join_with_pool(model: nn.Module, names: Collection[str], kind: type[nn.Conv2d] = PooledConv2d) -> None:
     """Let the convolutions called `names` do the ReLU and 2x2 max pooling that follow them in a Sequential,
     by becoming layers of that kind, and those two nothing, in place."""
     wanted = {id(m) for n, m in model.named_modules() if n in names}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fltoolkit.training.engines import brief, recurrent
 from fltoolkit.training.engines.base import Engine, draws, each_on_its_core, in_visiting_order
-from fltoolkit.training.engines.fused import called_once, fuse, join_with_pool
+from fltoolkit.training.engines.fused import called_once, fuse
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss
 
 PIECE = 100
@@ -97,10 +97,10 @@ class _Worker:
         self.params: list[Tensor] = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
-        short = brief.worthwhile(local)
-        size = brief.PIECE if short else PIECE
+        short = brief.layers(local)
+        size = brief.PIECE if nn.Linear in short else PIECE
         self.piece = size if separable(self.model) else None
-        (brief.shorten if short else join_with_pool)(self.model, once)
+        brief.shorten(self.model, once, short)
         whole = self.piece is None or (local.batch is not None and local.batch <= self.piece)
         if whole and not self.velocity:
             fuse(self.model, once, 1 - local.lr * local.weight_decay, -local.lr)
