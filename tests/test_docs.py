@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from fltoolkit import registry
 from fltoolkit.data import DATASETS
@@ -114,6 +116,23 @@ def test_tables_in_the_documentation_are_those_of_the_committed_cells():
         assert not results or printed in text, f"docs/fedavg-tables.md does not show {folder.name} as it is"
     drawn = figure1.render(committed("tables/figure1/figure1.json")).split("\nPaper:")[0].rstrip()
     assert drawn in text
+
+
+def test_spread_of_the_papers_own_runs_in_the_documentation_is_that_of_its_tables():
+    text = " ".join((ROOT / "docs/fedavg-tables.md").read_text(encoding="utf-8").split())
+    both = [[c for c in cells.table(t).cells if (c.C, c.E) == (0.1, 5)] for t in ("table1-cnn", "table2-mnist")]
+    pairs = [
+        (a.paper_rounds, b.paper_rounds)
+        for a in both[0]
+        for b in both[1]
+        if (a.B, a.partition, a.target) == (b.B, b.partition, b.target)
+    ]
+    assert len(pairs) == 4
+    total = sum(math.log(a / b) ** 2 for a, b in pairs)
+    mid, low, high = (math.sqrt(total / q) for q in (4, *stats.chi2.interval(0.95, 4)[::-1]))
+    assert f"standard deviation is {mid:.2f}, with a 95 % interval from {low:.2f} to {high:.2f} on these four pairs" in text
+    inside, most, least = (f"{100 * (2 * stats.norm.cdf(math.log(1.5) / d) - 1):.0f} %" for d in (mid, low, high))
+    assert f"within 1.5x of the first in {inside} of the cells, somewhere from {least} to {most}" in text
 
 
 @pytest.mark.parametrize("name", ["default", "privacy"])

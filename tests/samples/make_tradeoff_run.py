@@ -123,6 +123,7 @@ def point(rng, name, strength, stack, threat):
         "attacks": [refusal, tried | {"label_accuracy": short(labels)}],
         "strongest": {"attack": "inverting:steps=300,restarts=2", "round": 1},
         "leak_db": short(leaked) | {"n": n},
+        "trivial_db": short(mean_interval([FLOOR] * n)),
         "gain_db": short(gains),
         "ssim": short(mean_interval(np.clip(victims / 42, 0, 1).tolist())),
         "label_accuracy": short(labels),
