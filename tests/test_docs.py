@@ -120,18 +120,18 @@ def test_tables_in_the_documentation_are_those_of_the_committed_cells():
 
 def test_spread_of_the_papers_own_runs_in_the_documentation_is_that_of_its_tables():
     text = " ".join((ROOT / "docs/fedavg-tables.md").read_text(encoding="utf-8").split())
-    both = [[c for c in cells.table(t).cells if (c.C, c.E) == (0.1, 5)] for t in ("table1-cnn", "table2-mnist")]
-    pairs = [
-        (a.paper_rounds, b.paper_rounds)
-        for a in both[0]
-        for b in both[1]
-        if (a.B, a.partition, a.target) == (b.B, b.partition, b.target)
+    paper = [
+        {(c.B, c.partition): c.paper_rounds for c in cells.table(name).cells if (c.C, c.E) == (0.1, 5)}
+        for name in ("table1-cnn", "table2-mnist")
     ]
-    assert len(pairs) == 4
-    total = sum(math.log(a / b) ** 2 for a, b in pairs)
+    assert paper[0].keys() == paper[1].keys()
+    assert len(paper[0]) == 4
+    total = sum(math.log(paper[0][k] / paper[1][k]) ** 2 for k in paper[0])
     mid, low, high = (math.sqrt(total / q) for q in (4, *stats.chi2.interval(0.95, 4)[::-1]))
-    assert f"standard deviation is {mid:.2f}, with a 95 % interval from {low:.2f} to {high:.2f} on these four pairs" in text
-    inside, most, least = (f"{100 * (2 * stats.norm.cdf(math.log(1.5) / d) - 1):.0f} %" for d in (mid, low, high))
+    spread = f"standard deviation is {mid:.2f}, with a 95 % interval from {low:.2f} to {high:.2f}"
+    assert spread + " on these four pairs" in text
+    shares = [100 * (2 * stats.norm.cdf(math.log(1.5) / d) - 1) for d in (mid, high, low)]
+    inside, least, most = (f"{share:.0f} %" for share in shares)
     assert f"within 1.5x of the first in {inside} of the cells, somewhere from {least} to {most}" in text
 
 

@@ -66,8 +66,8 @@ def loss(point: Point, none: Point | None) -> tuple[float | None, list[float] | 
 
 
 def floor_db(run: Mapping[str, Any], threat: str) -> float | None:
-    """Mean PSNR of the best guess without any update, dB, on the victims without defense; None where no attack
-    could be run."""
+    """Mean PSNR of the best guess without any update, dB, on the victims without defense; None where no
+    attack could be run."""
     found = undefended(run, threat)
     if found is None or found[1]["leak_db"] is None:
         return None
