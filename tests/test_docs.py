@@ -124,9 +124,9 @@ def test_spread_of_the_papers_own_runs_in_the_documentation_is_that_of_its_table
         {(c.B, c.partition): c.paper_rounds for c in cells.table(name).cells if (c.C, c.E) == (0.1, 5)}
         for name in ("table1-cnn", "table2-mnist")
     ]
-    assert paper[0].keys() == paper[1].keys()
-    assert len(paper[0]) == 4
-    total = sum(math.log(paper[0][k] / paper[1][k]) ** 2 for k in paper[0])
+    both = paper[0].keys() & paper[1].keys()
+    assert len(both) == 4
+    total = sum(math.log(paper[0][k] / paper[1][k]) ** 2 for k in both)
     mid, low, high = (math.sqrt(total / q) for q in (4, *stats.chi2.interval(0.95, 4)[::-1]))
     spread = f"standard deviation is {mid:.2f}, with a 95 % interval from {low:.2f} to {high:.2f}"
     assert spread + " on these four pairs" in text
