@@ -17,7 +17,7 @@ from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
 from fltoolkit.training.engines import choose, native
 from fltoolkit.training.engines.base import each_on_its_core
-from fltoolkit.training.engines.fused import _PooledConv2d, join_with_pool
+from fltoolkit.training.engines.fused import PooledConv2d, join_with_pool
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -61,7 +61,7 @@ def test_a_convolution_with_its_pooling_is_that_of_torch(channels, kernel, paddi
     for joined in (False, True):
         if joined:
             join_with_pool(chain, {"0"})
-            assert isinstance(chain[0], _PooledConv2d)
+            assert isinstance(chain[0], PooledConv2d)
         y = chain(x)
         weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)
         found.append([y, *torch.autograd.grad((weights * y).sum(), [x, *conv.parameters()])])
@@ -91,7 +91,7 @@ def test_only_what_the_kernel_computes_is_joined():
         return type(layers[0])
 
     plain, half = nn.Conv2d(2, 2, 3), nn.MaxPool2d(2)
-    assert chain(plain, half) is _PooledConv2d
+    assert chain(plain, half) is PooledConv2d
     for conv in (
         nn.Conv2d(2, 2, 3, stride=2),
         nn.Conv2d(2, 2, 3, dilation=2),
