@@ -132,7 +132,7 @@ def test_small_filters_gradient_is_that_of_torch_in_double_precision(channels, k
         assert distance(mine, theirs) < 1e-6
 
 
-def test_numbers_that_stay_rounded_between_layers_are_the_same(monkeypatch):
+def test_numbers_that_stay_rounded_between_layers_are_the_same():
     data, seen = examples(40), []
     for stays in (True, False):
         net = chain()
