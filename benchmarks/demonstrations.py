@@ -157,12 +157,14 @@ DEMONSTRATIONS = (
 )
 
 
-def perform(demo: Demonstration, seed: int, weights: Path, folder: Path, bar: Bar) -> dict[str, Any]:
+def perform(
+    demo: Demonstration, seed: int, weights: Path, folder: Path, bar: Bar, device: str = "cpu"
+) -> dict[str, Any]:
     """Run every side on the same victims and write NAME.json and NAME.png."""
     data, accuracy = dataset(demo.data)[0], None
     model: Any = demo.model
     if demo.weights == "trained":
-        model, accuracy = trained(demo.model, demo.data, seed, weights, bar)
+        model, accuracy = trained(demo.model, demo.data, seed, weights, bar, device)
     results: dict[str, Result] = {}
     for side, attack in demo.sides.items():
         scene = Scene(
@@ -175,6 +177,7 @@ def perform(demo: Demonstration, seed: int, weights: Path, folder: Path, bar: Ba
             defenses=demo.defenses,
             frozen_norm=True,
             seed=seed,
+            device=device,
             threshold_db=THRESHOLD_DB,
         )
         results[side] = run(scene, bar)
@@ -184,8 +187,9 @@ def perform(demo: Demonstration, seed: int, weights: Path, folder: Path, bar: Ba
         "test_accuracy": accuracy,
         "sides": {side: summary(r.report, r.victims) for side, r in results.items()},
         "seed": seed,
+        "device": device,
         "note": data.note,
-        "command": f"python benchmarks/demonstrations.py --only {demo.name} --seed {seed}",
+        "command": command(demo, seed, device),
         "versions": document.versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +197,11 @@ def perform(demo: Demonstration, seed: int, weights: Path, folder: Path, bar: Ba
     (folder / f"{demo.name}.png").write_bytes(picture.png)
     write_json(folder / f"{demo.name}.json", rounded(found))
     return found
+
+
+def command(demo: Demonstration, seed: int, device: str) -> str:
+    words = f"python benchmarks/demonstrations.py --only {demo.name} --seed {seed}"
+    return words if device == "cpu" else f"{words} --device {device}"
 
 
 def render(done: Sequence[dict[str, Any]]) -> str:
@@ -222,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="this demonstration alone, by its name")
     parser.add_argument("--seed", type=int, default=0, help="seed of all streams (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where searches run (default: cpu)")
     parser.add_argument("--redo", action="store_true", help="run again what is done")
     parser.add_argument("--show", action="store_true", help="run nothing, print the table of what is done")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -235,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             wanted = options.only in (None, demo.name) and not options.show
             if wanted and (options.redo or not (options.out / f"{demo.name}.json").exists()):
                 bar = Bar(demo.name, every=20.0)
-                perform(demo, options.seed, options.weights, options.out, bar)
+                perform(demo, options.seed, options.weights, options.out, bar, options.device)
                 bar.close()
         print(render(read(options.out)))
     except InputError as e:

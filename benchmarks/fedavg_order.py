@@ -111,9 +111,15 @@ def summary(runs: dict[str, dict[str, Any]], seeds: int) -> list[dict[str, Any]]
 
 
 def _estimated(runs: dict[str, dict[str, Any]], found: list[Setting]) -> dict[str, Any]:
-    each = [runs[s.name]["rounds"] for s in found]
+    each = [runs[s.name] for s in found]
     e = Estimate.of(each)
-    return {"rounds": each, "mean": e.mean, "ci95": e.ci95, "reached": e.reached, "seeds": e.seeds}
+    return {
+        "rounds": [r["rounds"] for r in each],
+        "mean": e.mean,
+        "ci95": e.ci95,
+        "reached": e.reached,
+        "seeds": e.seeds,
+    }
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -121,7 +127,8 @@ def render(rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
         ends = "" if r["ci95"] is None else f" [{r['ci95'][0]:.0f}, {r['ci95'][1]:.0f}]"
-        mean = "—" if r["mean"] is None else f"{r['mean']:.0f}{ends}"
+        more = ">" if r["reached"] < r["seeds"] else ""
+        mean = "—" if r["mean"] is None else f"{more}{r['mean']:.0f}{ends}"
         lines.append((r["clients"], r["order"], mean, f"{r['reached']} of {r['seeds']}", str(r["paper"])))
     return terminal.table(("clients", "order", "rounds", "reached", "paper"), lines)
 

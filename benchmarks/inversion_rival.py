@@ -115,7 +115,7 @@ def theirs(
     several = seen.local_steps > 1
     row = seen.update if several else seen.gradient
     found = breaching.reconstruct(
-        breaching.Denormalised(seen.model, mean, std),
+        breaching.Denormalised(seen.model, mean, std).to(row.device),
         list(seen.layout.unflatten(row).values()),
         seen.labels,
         seen.input_shape,
@@ -132,11 +132,13 @@ def theirs(
     return Reconstruction(found.x, y, 0.0, iterations=found.iterations, seconds=found.seconds)
 
 
-def compare(case: Case, data: Dataset, iterations: int, seed: int, victim: int) -> dict[str, Any]:
+def compare(
+    case: Case, data: Dataset, iterations: int, seed: int, victim: int, device: str
+) -> dict[str, Any]:
     """One victim by all sides: PSNR of each image, iterations made, seconds."""
     scene = Scene(
         attack="inverting", data=data, model=case.model, batch=case.batch, local=case.local, frozen_norm=True,
-        seed=seed,
+        seed=seed, device=device,
     )  # fmt: skip
     seen, truth = told(Stage(scene), victim)
     work = {
@@ -191,12 +193,13 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for v in range(victims):
         kept = KEPT / f"{case.name}-{options.data}-{iterations}-{options.seed}-{v}.json"
         if options.redo or not kept.exists():
-            write_json(kept, compare(case, data, iterations, options.seed, v))
+            write_json(kept, compare(case, data, iterations, options.seed, v, options.device))
         done.append(json.loads(kept.read_text(encoding="utf-8")))
         last = ", ".join(f"{s} {sum(done[-1][s]['psnr_db']) / case.batch:.1f} dB" for s in SIDES)
         bar(v + 1, victims, last)
     bar.close()
     flags = f"--victims {victims} --iterations {iterations} --data {options.data} --seed {options.seed}"
+    flags += "" if options.device == "cpu" else f" --device {options.device}"
     return {
         "model": case.model,
         "batch": case.batch,
@@ -208,6 +211,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "iterations": iterations,
         "seed": options.seed,
         "threads": torch.get_num_threads(),
+        "device": options.device,
         **summarise(done),
         "command": f"python benchmarks/inversion_rival.py --only {case.name} {flags}",
         "versions": document.versions() | {"breaching": version("breaching")},
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, help="iterations of either side (default: by case)")
     parser.add_argument("--data", default="cifar10", help="cifar10 or photos (default: cifar10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all streams (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where both sides run (default: cpu)")
     parser.add_argument("--redo", action="store_true", help="run cases again that are done")
     parser.add_argument("--show", action="store_true", help="run nothing, print the table of what is done")
     options = parser.parse_args()

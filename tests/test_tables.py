@@ -256,7 +256,8 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     table = cells.table("table1-2nn")
 
     def ran(rounds):
-        return {"rounds": rounds, "best": 0.97, "ran": 90, "effort": {}, "corners": [[1, 0.5], [80, 0.97]]}
+        corners = [[1, 0.5], [80, 0.97]]
+        return {"rounds": rounds, "best": 0.97, "ran": rounds or 90, "effort": {}, "corners": corners}
 
     def result(rounds, interior=True, seeds=(), budget=9999):
         return {
@@ -282,42 +283,49 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
         "2nn-C1.0-B10-iid": result(70.0, seeds=(None, 70.0)),
     }
+    results["2nn-C0.1-B10-noniid"]["seeds"][0]["ran"] = 3000
     text = show.render(table, results)
     assert "300 | 316" in text
     assert "60* (5.0×) | 87 (3.6×)" in text
     assert "— | —" in text
     assert "not run | 1474 (1.0×)" in text
     assert "2000 [357, 11190] | 3275" in text
-    assert "1000 (2.0×) | 664 (4.9×)" in text
-    line = (
-        "10 of 20 cells run, 1 for a budget too small to tell; 5 (56%) within 1.5x of the paper's rounds, 4 "
-    )
-    assert line + "(50%) of the 8 for which it has a number." in text
-    assert "2nn-C0.1-B10-noniid: 1000 rounds (2 of 3 seeds reached it), paper 664." in text
-    assert "2nn-C1.0-B10-iid: 70 rounds (2 of 3 seeds reached it), paper 70." in text
+    assert ">1442 (1.4×) | 664 (4.9×)" in text
+    line = "10 of 20 cells run, 2 undecided; 4 (50%) within 1.5x of the paper's rounds, 3 (43%) of the 7 "
+    assert line + "for which it has a number." in text
+    assert "2nn-C0.1-B10-noniid: more than 1442 rounds (2 of 3 seeds reached it), paper 664." in text
+    assert "2nn-C1.0-B10-iid: more than 76 rounds (2 of 3 seeds reached it), paper 70." in text
+    assert "Undecided: a budget or a seed ended before" in text
     assert "[low, high]: the geometric mean" in text
     assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, paper 619." in text
     assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, paper 1658." in text
     assert "1602.05629" in text
     diverged = {"rounds": None, "best": 0.0, "ran": 0, "effort": {}, "corners": []}
     results["2nn-C0.0-B10-iid"]["seeds"].append(diverged)
-    assert "300 | 316" in show.render(table, results)
+    assert ">300 | 316" in show.render(table, results)
     show.draw(table, results, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 20_000
 
 
-def test_estimate_is_the_mean_of_logarithms():
+def test_estimate_is_the_mean_of_logarithms_and_a_bound_where_a_seed_fell_short():
     """A closed form: the logarithms of 100, 200, 400 have mean log 200 and deviation log 2."""
-    found = seeds.Estimate.of([100.0, 200.0, 400.0])
+
+    def of(*rounds, after=40):
+        return seeds.Estimate.of([{"rounds": n, "ran": after} for n in rounds])
+
+    found = of(100.0, 200.0, 400.0)
     factor = 2 ** (4.302652729696142 / 3**0.5)
     assert (found.mean, found.ci95) == (
         pytest.approx(200),
         (pytest.approx(200 / factor), pytest.approx(200 * factor)),
     )
-    assert seeds.Estimate.of([19.5]) == seeds.Estimate(19.5, None, 1, 1)
-    assert seeds.Estimate.of([None, 10.0]) == seeds.Estimate(pytest.approx(10), None, 1, 2)
-    assert seeds.Estimate.of([None, 10.0, None]) == seeds.Estimate(None, None, 1, 3)
-    assert seeds.Estimate.of([None]).mean is None
+    assert not found.bound
+    assert of(19.5) == seeds.Estimate(19.5, None, 1, 1)
+    assert of(None, 10.0) == seeds.Estimate(pytest.approx(20), None, 1, 2)
+    assert of(None, 10.0).bound
+    assert of(None, 10.0, after=0) == seeds.Estimate(pytest.approx(10), None, 1, 2)
+    assert of(None, 10.0, None) == seeds.Estimate(None, None, 1, 3)
+    assert of(None) == seeds.Estimate(None, None, 0, 1)
 
 
 def test_other_seeds_are_kept_beside_the_cell_and_its_twins_read_them(cell, tmp_path, monkeypatch):

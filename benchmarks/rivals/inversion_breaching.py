@@ -123,7 +123,8 @@ def reconstruct(
     chosen = KINDS[kind]
     breaching = _breaching()
     config = _config(breaching, chosen, max(1, iterations // chosen.each))
-    attacker = breaching.attacks.prepare_attack(model, nn.CrossEntropyLoss(), config)
+    where = {"dtype": gradients[0].dtype, "device": gradients[0].device}
+    attacker = breaching.attacks.prepare_attack(model, nn.CrossEntropyLoss(), config, where)
     calls = 0
 
     def count(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +136,7 @@ def reconstruct(
     attacker.objective.register_forward_hook(count)
     payload = _payload(model, input_shape, num_classes, mean, std)
     shared = _shared(gradients, labels, batch, local)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         # Of its learning rate schedules, that call PyTorch's in a way that is now frowned upon.
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

@@ -27,8 +27,10 @@ SCHEMA = "fltoolkit.table-seed/1"
 class Estimate:
     """Rounds to the target over `seeds` runs, of which `reached` reached it.
 
-    mean: the geometric mean over those that did; None where not even half did. ci95: of it, by Student's t
-    on the logarithms; None where a seed did not reach the target, or there is only one.
+    mean: the geometric mean, in which a seed that did not reach the target counts with the rounds it ran, or
+    with the most that another needed where it ended sooner, so that the mean is a lower bound then; None
+    where not even half reached it. ci95: of it, by Student's t on
+    the logarithms; None where it is a bound, or there is only one seed.
     """
 
     mean: float | None
@@ -37,16 +39,22 @@ class Estimate:
     seeds: int
 
     @classmethod
-    def of(cls, rounds: Sequence[float | None]) -> Estimate:
-        """From the rounds of each seed, None where the target was not reached."""
-        reached = [r for r in rounds if r is not None]
-        if 2 * len(reached) < len(rounds) or not reached:
-            return cls(None, None, len(reached), len(rounds))
-        found = mean_interval([log(r) for r in reached])
-        mean = exp(found["mean"]) if len(reached) > 1 else reached[0]
-        ends = found["ci95"] if len(reached) == len(rounds) else None
-        ci95 = None if ends is None else (exp(ends[0]), exp(ends[1]))
-        return cls(mean, ci95, len(reached), len(rounds))
+    def of(cls, runs: Sequence[Mapping[str, Any]]) -> Estimate:
+        """From each seed's run, with "rounds" to the target, None where it was not reached in "ran"."""
+        reached = [r["rounds"] for r in runs if r["rounds"] is not None]
+        if 2 * len(reached) < len(runs) or not reached:
+            return cls(None, None, len(reached), len(runs))
+        if len(runs) == 1:
+            return cls(reached[0], None, 1, 1)
+        least = [max(r["ran"], *reached) for r in runs if r["rounds"] is None]
+        found = mean_interval([log(n) for n in (*reached, *least)])
+        ends = None if least else found["ci95"]
+        return cls(exp(found["mean"]), ends and (exp(ends[0]), exp(ends[1])), len(reached), len(runs))
+
+    @property
+    def bound(self) -> bool:
+        """Whether the mean is a lower bound."""
+        return self.mean is not None and self.reached < self.seeds
 
 
 def run_seed(

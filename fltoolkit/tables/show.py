@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,12 @@ def read_results(table: Table, folder: Path) -> Results:
 
 def estimate(result: Mapping[str, Any]) -> Estimate:
     """Rounds to the target over all seeds that were run."""
-    return Estimate.of([result["rounds"], *(r["rounds"] for r in result["seeds"])])
+    return Estimate.of([_best(result), *result["seeds"]])
+
+
+def _best(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The run that `result` is of."""
+    return min(result["runs"], key=lambda r: (r["rounds"] or inf, -r["best"]))
 
 
 def render(table: Table, results: Results) -> str:
@@ -65,7 +71,7 @@ def ours(cell: Cell, results: Results) -> str:
     if cell.id not in results:
         return NOT_RUN
     found = estimate(results[cell.id])
-    text = DASH if found.mean is None else f"{found.mean:.0f}"
+    text = DASH if found.mean is None else f"{'>' if found.bound else ''}{found.mean:.0f}"
     if found.ci95 is not None:
         text += f" [{found.ci95[0]:.0f}, {found.ci95[1]:.0f}]"
     return text if results[cell.id]["interior"] else text + "*"
@@ -77,13 +83,13 @@ def _speedup(base: float | None, rounds: float | None) -> str:
 
 def _nearness(table: Table, results: Results) -> str:
     """How many cells are within a factor of the paper's, a dash agreeing with a dash only; and how many of
-    those for which the paper has a number. Cells whose budget ended too early to tell count for neither."""
+    those for which the paper has a number. Undecided cells count for neither."""
     ran = [c for c in table.cells if c.id in results]
     told = [c for c in ran if not _undecided(c, results[c.id])]
     near = [c for c in told if _is_near(c, estimate(results[c.id]).mean)]
     text = f"{len(ran)} of {len(table.cells)} cells run"
     if len(told) < len(ran):
-        text += f", {len(ran) - len(told)} for a budget too small to tell"
+        text += f", {len(ran) - len(told)} undecided"
     if told or not ran:
         text += f"; {_part(near, told)} within {NEAR}x of the paper's rounds"
     counted = [c for c in told if c.paper_rounds is not None]
@@ -104,9 +110,12 @@ def _is_near(cell: Cell, ours: float | None) -> bool:
 
 
 def _undecided(cell: Cell, result: Mapping[str, Any]) -> bool:
-    """Whether the target was not reached in a budget that the paper's rounds, or what is near, exceed."""
-    short = cell.paper_rounds is not None and result["effort"]["budget"] < NEAR * cell.paper_rounds
-    return short and estimate(result).mean is None
+    """Whether the target was not reached, by a seed at least, and what was run does not tell how it compares
+    with the paper."""
+    found, paper = estimate(result), cell.paper_rounds
+    if found.mean is not None:
+        return found.bound and (paper is None or found.mean <= NEAR * paper)
+    return paper is not None and bool(result["effort"]["budget"] < NEAR * paper)
 
 
 def _remarks(table: Table, results: Results) -> list[str]:
@@ -120,6 +129,10 @@ def _remarks(table: Table, results: Results) -> list[str]:
         lines.append(f"Products of numbers in bfloat16, of a seed at least: {', '.join(short)}.")
     if any(r["seeds"] for r in results.values()):
         lines.append("[low, high]: the geometric mean over several seeds stands before its 95 % interval.")
+    if any(c.id in results and _undecided(c, results[c.id]) for c in table.cells):
+        lines.append(
+            f"Undecided: a budget or a seed ended before the target and before {NEAR}x of the paper's rounds."
+        )
     lines += [
         _remark(c, results[c.id]) for c in table.cells if c.id in results and _remarkable(c, results[c.id])
     ]
@@ -133,12 +146,13 @@ def _is_short(run: Mapping[str, Any]) -> bool:
 
 def _remarkable(cell: Cell, result: Mapping[str, Any]) -> bool:
     found = estimate(result)
-    return not _is_near(cell, found.mean) or (found.seeds > 1 and found.reached < found.seeds)
+    return not _is_near(cell, found.mean) or found.bound
 
 
 def _remark(cell: Cell, result: Mapping[str, Any]) -> str:
     found, budget = estimate(result), result["effort"]["budget"]
-    got = f"not reached in {budget} rounds" if found.mean is None else f"{found.mean:.0f} rounds"
+    more = "more than " if found.bound else ""
+    got = f"not reached in {budget} rounds" if found.mean is None else f"{more}{found.mean:.0f} rounds"
     if found.seeds > 1:
         got += f" ({found.reached} of {found.seeds} seeds reached it)"
     return f"{cell.id}: {got}, paper {cell.paper_rounds or 'not reached'}."
@@ -160,7 +174,7 @@ def draw(table: Table, results: Results, path: Path) -> None:
         for i, cell in enumerate(cells):
             if cell.id not in results:
                 continue
-            best = min(results[cell.id]["runs"], key=lambda r: (r["rounds"] or float("inf"), -r["best"]))
+            best = _best(results[cell.id])
             colour = shade(i / max(1, len(cells) - 1) * 0.9)
             _curve(axis, best, cell.target, color=colour, lw=1.6, ms=4, label=cell.row)
             for again in results[cell.id]["seeds"]:
