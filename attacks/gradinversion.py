@@ -27,13 +27,14 @@ from fltoolkit.errors import require
 from fltoolkit.inversion.adaptation import adapt
 from fltoolkit.inversion.base import AdamInversion
 from fltoolkit.inversion.consensus import Consensus
-from fltoolkit.inversion.distance import relative
+from fltoolkit.inversion.distance import cosine, relative
 from fltoolkit.inversion.labels import infer
 from fltoolkit.inversion.lbfgs import Objective as Energy
 from fltoolkit.inversion.matching import GradientMatching, Objective, one_by_one_is_faster
 from fltoolkit.inversion.prior import BatchNormStatistics, Prior, norm, total_variation
 from fltoolkit.types import Observation
 
+DISTANCES = {"squared": relative, "cosine": cosine}
 STATISTICS = ("auto", *BatchNormStatistics.SOURCES, "none")
 
 
@@ -41,9 +42,10 @@ STATISTICS = ("auto", *BatchNormStatistics.SOURCES, "none")
 class GradInversion(AdamInversion):
     """Match the update under priors of total variation, norm, BatchNorm statistics and agreement of seeds.
 
-    tv, l2, bn, group: α_TV, α_l2, α_BN, α_group, with α_G = 1 on the relative squared distance. statistics:
-    where BatchNorm's statistics come from: "running", "estimated", "none" or "auto". labels, adapt, simulate
-    as in `inverting`.
+    tv, l2, bn, group: α_TV, α_l2, α_BN, α_group, with α_G = 1 on the relative distance. distance: the
+    paper's "squared", or the "cosine" of `inverting` for a model that is trained so well that the updates of
+    early guesses are many times longer than the observed one. statistics: where BatchNorm's statistics come
+    from: "running", "estimated", "none" or "auto". labels, adapt, simulate as in `inverting`.
     """
 
     name: ClassVar[str] = "gradinversion"
@@ -57,6 +59,7 @@ class GradInversion(AdamInversion):
     l2: float = 1e-4
     bn: float = 1e-3
     group: float = 1e-2
+    distance: str = "squared"
     statistics: str = "auto"
     labels: str = "gradinversion"
     adapt: bool = True
@@ -64,6 +67,7 @@ class GradInversion(AdamInversion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.distance in DISTANCES, "distance", f"one of {tuple(DISTANCES)}", self.distance)
         require(self.statistics in STATISTICS, "statistics", f"one of {STATISTICS}", self.statistics)
         for weight in ("tv", "l2", "bn", "group"):
             require(getattr(self, weight) >= 0, weight, ">= 0", getattr(self, weight))
@@ -80,7 +84,7 @@ class GradInversion(AdamInversion):
         return "running" if observation.auxiliary is None else "estimated"
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:
-        fitted = adapt(observation, relative, self.tv, self.adapt)
+        fitted = adapt(observation, DISTANCES[self.distance], self.tv, self.adapt)
         low, high = observation.input_range
         priors: list[tuple[float, Prior]] = [
             (fitted.tv, total_variation),
