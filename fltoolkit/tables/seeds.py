@@ -29,8 +29,8 @@ class Estimate:
 
     mean: the geometric mean, in which a seed that did not reach the target counts with the rounds it ran, or
     with the most that another needed where it ended sooner, so that the mean is a lower bound then; None
-    where not even half reached it. ci95: of it, by Student's t on
-    the logarithms; None where it is a bound, or there is only one seed.
+    where not even half reached it. ci95: of it, by Student's t on the logarithms; None where it is a bound,
+    or there is only one seed.
     """
 
     mean: float | None

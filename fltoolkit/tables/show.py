@@ -59,11 +59,19 @@ def render(table: Table, results: Results) -> str:
 
 def _entry(cell: Cell, known: Mapping[str, Cell], results: Results) -> str:
     base = known[cell.baseline]
-    rounds, base_rounds = (estimate(results[c.id]).mean if c.id in results else None for c in (cell, base))
-    is_base = cell.id == base.id
-    left = ours(cell, results) + ("" if is_base else _speedup(base_rounds, rounds))
-    paper = DASH if cell.paper_rounds is None else str(cell.paper_rounds)
-    return f"{left} | {paper}" + ("" if is_base else _speedup(base.paper_rounds, cell.paper_rounds))
+    left, paper = ours(cell, results), DASH if cell.paper_rounds is None else str(cell.paper_rounds)
+    if cell.id == base.id:
+        return f"{left} | {paper}"
+    if cell.id in results and base.id in results:
+        left += _ours_faster(estimate(results[base.id]), estimate(results[cell.id]))
+    return f"{left} | {paper}{_speedup(base.paper_rounds, cell.paper_rounds)}"
+
+
+def _ours_faster(base: Estimate, found: Estimate) -> str:
+    """The speed-up, a bound where one of the two is, nothing where both are."""
+    if base.bound and found.bound:
+        return ""
+    return _speedup(base.mean, found.mean, "<" if found.bound else ">" if base.bound else "")
 
 
 def ours(cell: Cell, results: Results) -> str:
@@ -77,8 +85,8 @@ def ours(cell: Cell, results: Results) -> str:
     return text if results[cell.id]["interior"] else text + "*"
 
 
-def _speedup(base: float | None, rounds: float | None) -> str:
-    return "" if base is None or rounds is None else f" ({base / rounds:.1f}×)"
+def _speedup(base: float | None, rounds: float | None, bound: str = "") -> str:
+    return "" if base is None or rounds is None else f" ({bound}{base / rounds:.1f}×)"
 
 
 def _nearness(table: Table, results: Results) -> str:
