@@ -6,10 +6,10 @@ layer's gradient, then
     min_x  α_G ‖∇_θ L(x, y) − g‖² + α_TV TV(x) + α_l2 ‖x‖₂ + α_BN R_BN(x) + α_group R_group(x)
 
 (eq. 1 and 8-11) by Adam with a warm-up and cosine decay, from several seeds that pull each other to their
-mean. R_BN compares BatchNorm's inputs with its running statistics, which says something about the
-batch only where the model was trained on such data. Huang et al. 2021, arXiv:2112.00059, relax that:
-`statistics=running` is the paper's, `estimated` measures them on public data, `none` does without. "auto"
-takes the first of estimated, running, none that there is.
+mean. R_BN compares BatchNorm's inputs with the batch's own statistics, which a client gives away that sends
+BatchNorm's buffers along (`statistics=sent`). Huang et al. 2021, arXiv:2112.00059, show how much hangs on
+that and what may stand in: `running` takes a trained model's, `estimated` measures them on public data,
+`none` does without. "auto" takes the first of sent, estimated, running, none that there is.
 
 Unlike the paper: consensus is the plain mean, not a registered one, no noise is added to pixels, and the
 distance is relative to ‖g‖². It adapts to the defenses as in `inverting`; `adapt=false` leaves it alone.
@@ -31,7 +31,8 @@ from fltoolkit.inversion.distance import cosine, relative
 from fltoolkit.inversion.labels import infer
 from fltoolkit.inversion.lbfgs import Objective as Energy
 from fltoolkit.inversion.matching import GradientMatching, Objective, one_by_one_is_faster
-from fltoolkit.inversion.prior import BatchNormStatistics, Prior, norm, total_variation
+from fltoolkit.inversion.prior import Prior, norm, total_variation
+from fltoolkit.inversion.statistics import BatchNormStatistics
 from fltoolkit.types import Observation
 
 DISTANCES = {"squared": relative, "cosine": cosine}
@@ -45,7 +46,7 @@ class GradInversion(AdamInversion):
     tv, l2, bn, group: α_TV, α_l2, α_BN, α_group, with α_G = 1 on the relative distance. distance: the
     paper's "squared", or the "cosine" of `inverting` for a model that is trained so well that the updates of
     early guesses are many times longer than the observed one. statistics: where BatchNorm's statistics come
-    from: "running", "estimated", "none" or "auto". labels, adapt, simulate as in `inverting`.
+    from: "sent", "running", "estimated", "none" or "auto". labels, adapt, simulate as in `inverting`.
     """
 
     name: ClassVar[str] = "gradinversion"
@@ -81,6 +82,8 @@ class GradInversion(AdamInversion):
             return self.statistics
         if not any(isinstance(m, nn.BatchNorm2d) for m in observation.model.modules()):
             return "none"
+        if observation.buffers is not None and observation.local_steps == 1:
+            return "sent"
         return "running" if observation.auxiliary is None else "estimated"
 
     def objective(self, observation: Observation) -> tuple[Objective, str]:

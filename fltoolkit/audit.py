@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from fltoolkit.rng import stream, torch_stream
 from fltoolkit.scoring import Scored, summarise
 from fltoolkit.threat import THREATS, Public, ThreatModel
 from fltoolkit.training.budget import Budget
+from fltoolkit.training.buffers import after_one_step, norms_in_training
 from fltoolkit.training.round import Outcome
 from fltoolkit.training.task import Task
 from fltoolkit.types import (
@@ -52,7 +53,9 @@ class Scene:
     independent repetitions. clients: K a round mixes (None: what a `secagg` asks for, else 1). A model
     given as an object keeps its weights for every victim; a named one is initialised anew. frozen_norm:
     clients train with BatchNorm in evaluation mode, as it is when a pretrained model is tuned; otherwise in
-    the mode that the model is in, for named ones the statistics of the batch.
+    the mode that the model is in, for named ones the statistics of the batch. sends_buffers: a client sends
+    BatchNorm's buffers along, as one does that sends a whole `state_dict`; for one client of one local step
+    and no defenses, none of which covers buffers.
     """
 
     attack: str | Attack = "dlg"
@@ -65,6 +68,7 @@ class Scene:
     defenses: Sequence[str | Defense] = ()
     local: LocalSpec = field(default_factory=LocalSpec)
     frozen_norm: bool = False
+    sends_buffers: bool = False
     loss: Loss = cross_entropy
     seed: int = 0
     device: str = "cpu"
@@ -112,12 +116,30 @@ class Stage:
         self._check_labels()
         check_loss(scene.loss, self.data.num_classes)
         models.check_fits(self.model(0), self.data.input_shape, self.data.num_classes)
+        self._check_buffers()
 
     def _check_labels(self) -> None:
         y, classes = self.data.train.y, self.data.num_classes
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= classes:
             raise InputError(f"labels must be in 0..{classes - 1} for {classes} classes, got {low}..{high}")
+
+    def _check_buffers(self) -> None:
+        if not self.scene.sends_buffers:
+            return
+        steps = self.scene.local.steps(self.scene.batch)
+        reasons = {
+            f"{self.clients} clients": self.clients > 1,
+            f"{steps} local steps": steps > 1,
+            "defenses": bool(self.stack.all),
+            "a model without BatchNorm in training mode": not norms_in_training(self.model(0)),
+        }
+        for got, holds in reasons.items():
+            if holds:
+                raise InputError(
+                    "sends_buffers must be off but for one client of one local step, no defenses and a model "
+                    f"with BatchNorm in training mode, got {got}"
+                )
 
     def model(self, victim: int) -> nn.Module:
         """The model that victim number `victim` receives."""
@@ -161,7 +183,12 @@ class Stage:
     def look(self, victim: int, again: int = 0) -> Look:
         """What the adversary sees of the victim's rounds, and the truth behind it."""
         outcomes, public = self.play(victim, again)
-        return look(outcomes, self.threat, self.private(victim), public, self.stack.hides_messages)
+        found = look(outcomes, self.threat, self.private(victim), public, self.stack.hides_messages)
+        if not self.scene.sends_buffers or found.observation is None:
+            return found
+        o = found.observation
+        sent = after_one_step(o.model, o.params, found.truth.x)
+        return replace(found, observation=replace(o, buffers=sent))
 
 
 def run(scene: Scene, progress: Progress = silent) -> Result:
@@ -211,6 +238,7 @@ def _report(stage: Stage, scored: tuple[Scored, ...], budget: Budget, seconds: f
         "seed": scene.seed,
         "local": asdict(scene.local),
         "frozen_norm": scene.frozen_norm,
+        "sends_buffers": scene.sends_buffers,
         "metrics": summarise(scored, scene.threshold_db),
         "epsilon": epsilons(budget),
         "iterations": float(np.mean([f.iterations for f in found])),

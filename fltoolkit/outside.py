@@ -21,7 +21,8 @@ class UpdateSpec:
     """What the adversary knows of an update that came from outside.
 
     num_examples: private examples behind it. input_shape: one input. kind: "delta" (w_k − w_t),
-    "gradient", or "weights" (w_k, the client's new parameters). local: E, B and η if known; without it a
+    "gradient", or "weights" (w_k, the client's new parameters; a whole `state_dict` brings BatchNorm's
+    buffers along). local: E, B and η if known; without it a
     delta is read as one step of size 1. clients: how many clients the update averages. defenses: the public
     parameters of what was done to it, such as `{"name": "clip", "norm": 1.0}`. auxiliary: public data of the
     same kind, for attacks that learn from it.
@@ -84,9 +85,20 @@ def update(
         labels=spec.labels,
         defenses=tuple(spec.defenses),
         auxiliary=spec.auxiliary,
+        buffers=_buffers(model, update) if spec.kind == "weights" else None,
     )
     rng = torch_stream(spec.seed, "update", "attack", attack.name)
     return attack.many([observation], [rng], progress)[0]
+
+
+def _buffers(
+    model: nn.Module, update: Tensor | Mapping[str, Tensor] | Sequence[Any]
+) -> dict[str, Tensor] | None:
+    """The model's buffers in `update` by name, where it holds all there are."""
+    own = dict(model.named_buffers())
+    if not own or not isinstance(update, Mapping) or not own.keys() <= update.keys():
+        return None
+    return {n: torch.as_tensor(update[n]).to(b) for n, b in own.items()}
 
 
 def as_row(layout: Layout, update: Tensor | Mapping[str, Tensor] | Sequence[Any]) -> Tensor:

@@ -217,7 +217,8 @@ class Observation:
     `num_examples` examples in all. local: E, B, η if known, else None. labels `[num_examples]` if
     known, else None. input_shape, input_range: shape and bounds of one input. defenses: the public
     parameters of each defense in order (Kerckhoffs). auxiliary: public data, never the private set. history:
-    sums of several rounds, where the adversary watched that long. released: whether the update went through
+    sums of several rounds, where the adversary watched that long. buffers: of the client's model after local
+    training, by name, where it sent them along. released: whether the update went through
     what defenses do at the server too; else it is a message, or a mean of messages, as the server gets it.
     """
 
@@ -237,6 +238,7 @@ class Observation:
     auxiliary: Examples | None = None
     round: int = 0
     history: History | None = None
+    buffers: Mapping[str, Tensor] | None = None
     released: bool = True
 
     @property

@@ -38,6 +38,11 @@ def test_every_side_sees_the_same_victims_and_what_it_found_is_kept(tmp_path, mo
     # The best guess without any update is the same, as the images are.
     floors = [s["metrics"]["psnr_db"]["mean"] - s["metrics"]["psnr_gain_db"]["mean"] for s in (ours, weak)]
     assert floors[0] == pytest.approx(floors[1], abs=1e-3)
+    behind = found["behind_first_db"]["one"]
+    means = [s["metrics"]["psnr_db"]["mean"] for s in (ours, weak)]
+    assert behind["mean"] == pytest.approx(means[0] - means[1], abs=1e-3)
+    low, high = behind["ci95"]
+    assert 0 < low < behind["mean"] < high
     assert "--only small --seed 0" in found["command"]
     assert Image.open(tmp_path / "small.png").size[0] > 200
     shown = capsys.readouterr().out

@@ -41,6 +41,7 @@ class AuditOptions:
     )
     lr: float = flag(1.0, "local learning rate η", "LR")
     frozen_norm: bool = flag(False, "clients train with BatchNorm in evaluation mode")
+    sends_buffers: bool = flag(False, "clients send BatchNorm's buffers along, as in a whole state_dict")
     threshold_db: float = flag(30.0, "PSNR in dB above which an image counts as recovered", "DB")
     delta: float = flag(1e-5, "δ at which ε is reported", "DELTA")
     seed: int = flag(0, "seed of all random streams, >= 0", "N")
@@ -78,6 +79,7 @@ def run_audit(attack: str, o: AuditOptions) -> int:
         defenses=o.defense,
         local=LocalSpec(o.local_epochs, o.local_batch, o.lr),
         frozen_norm=o.frozen_norm,
+        sends_buffers=o.sends_buffers,
         seed=o.seed,
         device=o.device,
         delta=o.delta,

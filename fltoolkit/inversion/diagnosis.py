@@ -48,7 +48,7 @@ def _noise(o: Observation, part: float) -> str:
 
 def _batch_norm(o: Observation, part: float) -> str:
     layers = [m for m in o.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if any(m.training for m in layers):
+    if o.buffers is None and any(m.training for m in layers):
         return "BatchNorm uses the statistics of the batch, so shift and scale of the inputs are hidden"
     return ""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
@@ -138,6 +138,8 @@ def _bytes(value: Any) -> Iterator[Any]:
         for f in fields(value):
             yield f.name.encode()
             yield from _bytes(getattr(value, f.name))
+    elif isinstance(value, Mapping):
+        yield from _bytes(tuple(value.items()))
     elif isinstance(value, tuple | list):
         yield str(len(value)).encode()
         for v in value:

@@ -7,16 +7,13 @@ which their updates are taken and the number of the problem `[S]` that each belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
 
-from fltoolkit.errors import InputError
 from fltoolkit.inversion.spectrum import OPPONENT
-from fltoolkit.types import Observation
 
 Prior = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,59 +54,3 @@ class Outside:
 
     def __call__(self, x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
         return (x - x.clamp(self.low, self.high)).square().flatten(1).mean(1)
-
-
-class BatchNormStatistics:
-    """Σ_l ‖μ_l(x) − μ̂_l‖₂ + ‖σ²_l(x) − σ̂²_l‖₂ over the BatchNorm layers l, whose inputs have means μ_l and
-    variances σ²_l over the batch (Yin et al. 2021, arXiv:2104.07586, eq. 10).
-
-    The paper takes the running statistics of a trained model for μ̂, σ̂² ("running"). Huang et al. 2021,
-    arXiv:2112.00059, section 3, point out that they need not be the batch's; "estimated" measures them on
-    public data instead, at the parameters of the round. InputError where there is nothing to compare with.
-    """
-
-    SOURCES = ("running", "estimated")
-
-    def __init__(self, observations: Sequence[Observation], source: str) -> None:
-        first = observations[0]
-        self.model, self.layout = first.model, first.layout
-        self.layers = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if not self.layers:
-            raise InputError("statistics must be none for a model without BatchNorm2d layers, got " + source)
-        self.targets = torch.stack([self._target(o, source) for o in observations])
-
-    def __call__(self, x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
-        buffers = {n: b.expand(len(x), *b.shape).clone() for n, b in self.model.named_buffers()}
-        found = vmap(self._of_batch)(params, buffers, x)
-        sizes = [m.num_features for m in self.layers for _ in range(2)]
-        pieces = (found - self.targets[owner]).split(sizes, dim=1)
-        return torch.stack([(p.square().sum(1) + 1e-12).sqrt() for p in pieces]).sum(0)
-
-    def _of_batch(self, params: Tensor, buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        """`[Σ 2 C_l]`: mean and variance, layer by layer, of what enters the layers at parameters `[D]` when
-        the model sees the batch x `[N, *shape]`. Layers normalise as they do in the mode that the model is
-        in."""
-        seen: list[Tensor] = []
-
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            flat = inputs[0].transpose(0, 1).flatten(1)
-            seen.extend((flat.mean(1), flat.var(1, correction=0)))
-
-        hooks = [m.register_forward_pre_hook(note) for m in self.layers]
-        try:
-            functional_call(self.model, ({**self.layout.unflatten(params)}, buffers), (x,))
-        finally:
-            for h in hooks:
-                h.remove()
-        return torch.cat(seen)
-
-    def _target(self, o: Observation, source: str) -> Tensor:
-        if source == "running":
-            layers = [m for m in o.model.modules() if isinstance(m, nn.BatchNorm2d)]
-            pairs = [(m.running_mean, m.running_var) for m in layers]
-            return torch.cat([t for pair in pairs for t in pair if t is not None])
-        if o.auxiliary is None:
-            raise InputError("statistics=estimated must have public auxiliary data, got none")
-        with torch.no_grad():
-            buffers = {n: b.clone() for n, b in o.model.named_buffers()}
-            return self._of_batch(o.params, buffers, o.auxiliary.x[:512].to(o.params))
