@@ -77,6 +77,10 @@ def test_statistics_that_are_not_there():
         BatchNormStatistics([observe(tiny_model(), batch())], "running")
     with pytest.raises(InputError, match="must have public auxiliary data"):
         BatchNormStatistics([observe(normed(), batch())], "estimated")
+    model = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(25, 4))
+    for source in ("running", "sent"):
+        with pytest.raises(InputError, match=f"must not be {source} where a BatchNorm2d layer keeps none"):
+            BatchNormStatistics([observe(model, batch())], source)
 
 
 def trained(model, data, lr=0.5):

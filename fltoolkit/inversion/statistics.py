@@ -29,6 +29,8 @@ class BatchNormStatistics:
         self.layers = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         if not self.layers:
             raise InputError("statistics must be none for a model without BatchNorm2d layers, got " + source)
+        if source != "estimated" and not all(m.track_running_stats for m in self.layers):
+            raise InputError(f"statistics must not be {source} where a BatchNorm2d layer keeps none")
         self.targets = torch.stack([self._target(o, source) for o in observations])
 
     def __call__(self, x: Tensor, params: Tensor, owner: Tensor) -> Tensor:
