@@ -58,7 +58,7 @@ class GradInversion(AdamInversion):
     warmup: int = 50
     tv: float = 1e-2
     l2: float = 1e-4
-    bn: float = 1e-3
+    bn: float = 0.1
     group: float = 1e-2
     distance: str = "squared"
     statistics: str = "auto"
