@@ -12,6 +12,7 @@ from torch import nn
 
 from attacks.gradinversion import GradInversion
 from fltoolkit import audit
+from fltoolkit.commands.audit import AuditOptions, run_audit
 from fltoolkit.data import Dataset
 from fltoolkit.errors import InputError
 from fltoolkit.inversion.diagnosis import diagnose
@@ -200,6 +201,12 @@ def test_scenes_whose_buffers_say_nothing_are_refused(changes, reason):
     audit.Stage(scene)
     with pytest.raises(InputError, match=f"sends_buffers must be off but for .*, got {reason}"):
         audit.Stage(replace(scene, **changes))
+
+
+def test_the_flag_of_the_command_line_reaches_the_scene(tmp_path):
+    asked = AuditOptions(data="digits", model="mlp", sends_buffers=True, out=str(tmp_path))
+    with pytest.raises(InputError, match="sends_buffers must be off but for"):
+        run_audit("gradinversion", asked)
 
 
 class Seen:
