@@ -90,8 +90,8 @@ def _speedup(base: float | None, rounds: float | None, bound: str = "") -> str:
 
 
 def _nearness(table: Table, results: Results) -> str:
-    """How many cells are within a factor of the paper's, a dash agreeing with a dash only; and how many of
-    those for which the paper has a number. Undecided cells count for neither."""
+    """How many cells are within a factor of the paper's, and how many of those for which the paper has a
+    number. Undecided cells count for neither."""
     ran = [c for c in table.cells if c.id in results]
     told = [c for c in ran if not _undecided(c, results[c.id])]
     near = [c for c in told if _is_near(c, estimate(results[c.id]).mean)]
@@ -102,8 +102,7 @@ def _nearness(table: Table, results: Results) -> str:
         text += f"; {_part(near, told)} within {NEAR}x of the paper's rounds"
     counted = [c for c in told if c.paper_rounds is not None]
     if len(counted) < len(told):
-        known = [c for c in near if c.paper_rounds is not None]
-        text += f", {_part(known, counted)} of the {len(counted)} for which it has a number"
+        text += f", {_part(near, counted)} of the {len(counted)} for which it has a number"
     return text + "."
 
 
@@ -113,17 +112,17 @@ def _part(some: Sequence[Cell], all_: Sequence[Cell]) -> str:
 
 def _is_near(cell: Cell, ours: float | None) -> bool:
     if ours is None or cell.paper_rounds is None:
-        return ours is None and cell.paper_rounds is None
+        return False
     return 1 / NEAR <= ours / cell.paper_rounds <= NEAR
 
 
 def _undecided(cell: Cell, result: Mapping[str, Any]) -> bool:
     """Whether the target was not reached, by a seed at least, and what was run does not tell how it compares
-    with the paper."""
+    with the paper. Two dashes do not, as the paper's budget is not known."""
     found, paper = estimate(result), cell.paper_rounds
     if found.mean is not None:
         return found.bound and (paper is None or found.mean <= NEAR * paper)
-    return paper is not None and bool(result["effort"]["budget"] < NEAR * paper)
+    return paper is None or bool(result["effort"]["budget"] < NEAR * paper)
 
 
 def _remarks(table: Table, results: Results) -> list[str]:
