@@ -13,6 +13,7 @@ from fltoolkit import models, registry
 from fltoolkit.attack import Attack, Progress, silent
 from fltoolkit.errors import InputError, require
 from fltoolkit.rng import torch_stream
+from fltoolkit.training.buffers import norms_in_training
 from fltoolkit.types import Examples, Layout, LocalSpec, Loss, Observation, Reconstruction
 
 
@@ -94,9 +95,9 @@ def update(
 def _buffers(
     model: nn.Module, update: Tensor | Mapping[str, Tensor] | Sequence[Any]
 ) -> dict[str, Tensor] | None:
-    """The model's buffers in `update` by name, where it holds all there are."""
+    """The model's buffers in `update` by name, where it holds all there are and BatchNorm moved them."""
     own = dict(model.named_buffers())
-    if not own or not isinstance(update, Mapping) or not own.keys() <= update.keys():
+    if not norms_in_training(model) or not isinstance(update, Mapping) or not own.keys() <= update.keys():
         return None
     return {n: torch.as_tensor(update[n]).to(b) for n, b in own.items()}
 

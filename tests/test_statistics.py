@@ -229,3 +229,4 @@ def test_a_whole_state_dict_brings_its_buffers_along():
     parts = {n: t for n, t in state.items() if "running" not in n}
     assert update(model, cross_entropy, parts, spec).buffers is None
     assert update(model, cross_entropy, state, replace(spec, kind="delta")).buffers is None
+    assert update(normed(), cross_entropy, state, spec).buffers is None
