@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fltoolkit import models
 from fltoolkit.defense import DefenseStack
 from fltoolkit.loss import cross_entropy
+from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import brief, choose, looped, native
 from fltoolkit.training.evaluate import evaluate
 from fltoolkit.training.task import Task
@@ -226,3 +227,39 @@ def test_models_train_and_are_evaluated_nearly_as_in_float32(name, off):
     assert 0 < distance(short, whole) < off
     assert exact.loss != near.loss == pytest.approx(exact.loss, rel=0.02)
     assert exact.total == near.total == 64
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "kinds"),
+    [
+        (1, 1, {PeepholeLstm}),
+        (8, 1, {PeepholeLstm, nn.Conv2d}),
+        (3, 10, {PeepholeLstm, nn.Conv2d}),
+        (4, 8, {PeepholeLstm, nn.Conv2d, nn.Linear}),
+        (None, 1, {PeepholeLstm, nn.Conv2d, nn.Linear}),
+    ],
+)
+def test_a_line_counts_as_its_tokens(batch, tokens, kinds):
+    local, label = LocalSpec(1, batch, 0.1, precision="bf16"), torch.zeros(tokens)
+    assert set(brief.layers(local, label)) == kinds
+    assert not brief.layers(replace(local, precision="float32"), label)
+
+
+@pytest.mark.parametrize("units", [64, 16])
+def test_language_models_train_and_are_evaluated_nearly_as_in_float32(units, monkeypatch):
+    """Batches of two lines of nine tokens: LSTMs alone are rounded, if tiles fit them; of four, all is."""
+    net = LanguageModel(7, 3, units, 2)
+    for k, layer in enumerate(net.layers):
+        layer.reset(torch.Generator().manual_seed(k))
+    rng = torch.Generator().manual_seed(9)
+    data, found = Examples(*torch.randint(6, (2, 8, 9), generator=rng)), {}
+    for batch, precision in ((2, "float32"), (2, "bf16"), (4, "float32"), (4, "bf16")):
+        local = LocalSpec(2, batch, 0.5, precision=precision)
+        task = Task(net, cross_entropy, local, DefenseStack([]), 0)
+        found[batch, precision] = trained(net, local, [data], monkeypatch)
+        found[precision] = evaluate(task, Layout.of(net).row(net), data)
+    for batch in (2, 4):
+        off = distance(found[batch, "bf16"], found[batch, "float32"])
+        assert off < 1e-2
+        assert (off > 1e-5) == (batch == 4 or (units == 64 and native.tiles()))
+    assert found["float32"].loss != found["bf16"].loss == pytest.approx(found["float32"].loss, rel=1e-3)

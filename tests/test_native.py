@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -15,9 +16,11 @@ from torch.nn import functional as F
 from fltoolkit import models
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
-from fltoolkit.training.engines import choose, native
+from fltoolkit.models.text import LanguageModel, PeepholeLstm
+from fltoolkit.training.engines import choose, native, native_lstm
 from fltoolkit.training.engines.base import each_on_its_core
 from fltoolkit.training.engines.fused import PooledConv2d, join_with_pool
+from fltoolkit.training.engines.recurrent import FastLstm
 from fltoolkit.types import Examples, Layout, LocalSpec
 
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -45,6 +48,128 @@ def test_products_are_those_of_torch(n, inputs, outputs):
     native.step(d, x, stepped, bias, 0.5, -0.25)
     assert near(stepped, 0.5 * w - 0.25 * d.T @ x)
     assert near(bias, 0.5 * b - 0.25 * d.sum(0))
+
+
+def recurrence(steps, n, units):
+    """A peephole layer whose weights are all large enough to show, its input, a gradient by its output."""
+    g = torch.Generator().manual_seed(units)
+    layer = PeepholeLstm(3, units)
+    layer.reset(g)
+    with torch.no_grad():
+        layer.peephole *= 5
+        layer.hidden_weight *= 3
+    return layer, torch.randn(n, steps, 3, generator=g), torch.randn(n, steps, units, generator=g)
+
+
+SHORT = pytest.param(True, marks=pytest.mark.skipif(not native.tiles(), reason="no tiles of bfloat16"))
+
+
+@compiled
+@pytest.mark.parametrize("short", [False, SHORT])
+@pytest.mark.parametrize(
+    ("steps", "n", "units"), [(1, 1, 64), (6, 4, 128), (3, 5, 64), (5, 13, 192), (9, 37, 64)]
+)
+def test_an_lstm_is_its_equations_forward_and_backward(steps, n, units, short):
+    """Against autograd through the plain layer in double precision."""
+    layer, x, dh = recurrence(steps, n, units)
+    exact, twin = copy.deepcopy(layer).double(), x.double().requires_grad_()
+    expected = exact(twin)
+    theirs = torch.autograd.grad(expected, [twin, *exact.parameters()], dh.double())
+
+    layer.__class__, layer.short = FastLstm, short
+    h = layer(x.requires_grad_())
+    mine = torch.autograd.grad(h, [x, *layer.parameters()], dh)
+    off = [distance(a, b) for a, b in zip((h, *mine), (expected, *theirs), strict=True)]
+    assert max(off) < (2e-2 if short else 2e-6)
+    assert not short or min(off) > 1e-4
+    assert all(m.dtype == torch.float32 for m in (h, *mine))
+
+
+def distance(found, expected):
+    """Largest difference, as a share of the largest value."""
+    found, expected = found.detach().double(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@compiled
+@pytest.mark.parametrize("units", [16, 48, 80])
+def test_an_lstm_may_have_any_number_of_whole_vectors(units):
+    layer, x, dh = recurrence(4, 6, units)
+    expected = torch.autograd.grad(layer(x), list(layer.parameters()), dh)
+    layer.__class__ = FastLstm
+    found = torch.autograd.grad(layer(x), list(layer.parameters()), dh)
+    assert all(distance(a, b) < 5e-6 for a, b in zip(found, expected, strict=True))
+
+
+@compiled
+@pytest.mark.skipif(not native.tiles(), reason="no tiles of bfloat16")
+def test_recurrent_products_in_tiles_are_exact_but_for_rounding_their_factors():
+    """Against the same kernel in float32, given weights and states that are whole in bfloat16."""
+    n, units = 21, 64
+    g = torch.Generator().manual_seed(0)
+    u = (torch.randint(-8, 9, (4 * units, units), generator=g) / 256).float()
+    wx = torch.randn(2, n, 4 * units, generator=g).bfloat16()
+    bias, peephole = torch.randn(4 * units, generator=g), torch.randn(3 * units, generator=g)
+    (gates, cells, squashed), hidden, states = native_lstm.run(wx, u, bias, peephole)
+    assert torch.equal(states[1:], hidden.bfloat16())
+    assert torch.equal(states[0], torch.zeros(n, units, dtype=torch.bfloat16))
+
+    second = wx[1].float() + states[1].float() @ u.T
+    (alone, cell, squash), *_ = native_lstm.run(
+        torch.cat([wx[:1].float(), second[None]]), torch.zeros_like(u), bias, peephole
+    )
+    pairs = ((gates, alone), (cells, cell), (squashed, squash))
+    assert all(distance(a, b.double()) < 1e-6 for a, b in pairs)
+
+    dh = torch.randn(2, n, units, generator=g)
+    dwx, by_bias, by_peephole = native_lstm.run_back(
+        dh, u, peephole, gates, cells, squashed, dtype=torch.bfloat16
+    )
+    full = native_lstm.run_back(dh, u, peephole, gates, cells, squashed, dtype=torch.float32)
+    assert distance(dwx[1].float(), full[0][1].bfloat16().double()) == 0
+    for a, b in ((dwx, full[0]), (by_bias, full[1]), (by_peephole, full[2])):
+        assert 0 < distance(a, b.double()) < 4e-3
+
+
+@compiled
+@pytest.mark.skipif(not native.tiles(), reason="no tiles of bfloat16")
+def test_tiles_are_left_as_they_were():
+    """PyTorch's products in bfloat16 use the same tiles before and after."""
+    a = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = a @ a.T
+    native_lstm.run(a.new_zeros(2, 3, 256), torch.zeros(256, 64), torch.zeros(256), torch.zeros(192))
+    assert torch.equal(a @ a.T, before)
+
+
+@compiled
+@pytest.mark.parametrize(("units", "calls"), [(16, 6), (24, 0)])
+def test_layers_of_whole_vectors_run_natively(units, calls, monkeypatch):
+    net, called = LanguageModel(7, 3, units, 2), []
+    for layer in net.layers:
+        layer.reset(torch.Generator().manual_seed(0))
+    run = native_lstm.run
+    monkeypatch.setattr(native_lstm, "run", lambda *given: (called.append(1), run(*given))[1])
+    data = [Examples(torch.randint(6, (5, 9)), torch.randint(6, (5, 9)))]
+    engine = choose(net, cross_entropy, (9,), "looped")
+    engine(Layout.of(net).row(net), data, LocalSpec(1, 2, 0.1), [np.random.default_rng(0)])
+    assert len(called) == calls
+
+
+@compiled
+def test_gates_are_right_to_the_last_digits_and_keep_nan():
+    """One step without recurrence: σ and tanh of numbers small, large and absurd."""
+    sizes = torch.logspace(-30, 2.5, 160)
+    z = torch.cat([sizes, -sizes, torch.zeros(1), torch.tensor([float("inf"), -float("inf"), float("nan")])])
+    z = F.pad(z, (0, -len(z) % 16))
+    units = len(z)
+    wx, none = z.repeat(1, 1, 4), torch.zeros(4 * units)
+    (gates, *_), *_ = native_lstm.run(wx, torch.zeros(4 * units, units), none, none[: 3 * units])
+    exact = z.double()
+    for found, right in zip(gates[0, 0], [torch.sigmoid(exact)] * 3 + [torch.tanh(exact)], strict=True):
+        assert torch.equal(found.isnan(), z.isnan())
+        there = (~z.isnan()) & (right.abs() > 1e-37)
+        assert ((found.double() - right).abs() <= 2e-7 * right.abs())[there].all()
+        assert (found.abs() <= 2e-37)[right.abs() <= 1e-37].all()
 
 
 @compiled

@@ -14,6 +14,7 @@ from fltoolkit.commands.table import TableOptions, run_table
 from fltoolkit.data.dataset import Dataset
 from fltoolkit.errors import InputError
 from fltoolkit.tables import cells, figure1, run, search, seeds, show
+from fltoolkit.training.evaluate import Evaluation
 from fltoolkit.types import Examples
 
 
@@ -250,6 +251,33 @@ def test_rate_that_stands_still_is_given_up(cell, tmp_path, monkeypatch):
     assert still.ran == at + max(5, at)
     moving = run.train_at(tmp_path / "y.pt", cell, run.Effort(budget=60), -6, inf, 0.85, silent)
     assert moving.ended != "stalled"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "lost"),
+    [
+        ([0.9] + [0.1] * 25, True),
+        ([0.9] + [0.1] * 24, False),
+        ([0.9] + [0.1] * 24 + [0.101], False),
+        ([0.9] + [0.1] * 24 + [0.2], False),
+        ([0.19] + [0.1] * 60, False),
+        ([0.1] * 60, False),
+    ],
+)
+def test_rate_that_fell_back_to_chance_is_given_up(accuracies, lost):
+    assert run._lost(accuracies, 0.1) == lost
+
+
+def test_chance_is_exactly_the_accuracy_of_naming_the_most_frequent_class():
+    labels = torch.tensor([-100] * 7 + [3] * 1135 + [1] * 900 + [2] * 7965)
+    assert run._most_frequent(labels) == Evaluation(7965, 10000, 0.0).accuracy
+    assert run._most_frequent(labels[:1142]) == 1.0
+
+
+def test_collapsed_run_ends_as_diverged(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_lost", lambda curve, chance: len(curve) >= 3 and 0 < chance < 0.5)
+    gone = run.train_at(tmp_path / "x.pt", cell, run.Effort(budget=30), -6, inf, 0.99, silent)
+    assert (gone.ended, gone.ran, gone.rounds) == ("diverged", 3, None)
 
 
 def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):

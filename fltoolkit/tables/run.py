@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fltoolkit import models
 from fltoolkit.data import Dataset, load
@@ -34,6 +35,9 @@ SAVE_SECONDS = 30.0
 PATIENCE = 500
 """A learning rate is given up after this many rounds without a better accuracy, if they are also half of all
 its rounds: its network is dead, or it has come as far as it can."""
+
+COLLAPSE = 25
+"""Evaluations in a row no better than chance after which a learning rate that had done better is given up."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ def train_at(
     clients, data = _clients(cell, effort)
     assert data.test is not None
     reachable = target if target <= 1 else None
+    chance = _most_frequent(data.test.y)
     federation = fed.Federation(
         task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
     )
@@ -202,6 +207,9 @@ def train_at(
             )
             if state.round - at >= max(PATIENCE, state.round / 2):
                 ended = "stalled"
+                break
+            if _lost([e.accuracy for _, e in state.evaluated], chance):
+                ended = "diverged"
                 break
             if time.perf_counter() - saved > SAVE_SECONDS:
                 fed.save(checkpoint, state, config)
@@ -227,6 +235,18 @@ def _best(state: fed.State) -> tuple[int, float]:
     """The round with the best accuracy so far, the first of equals, and that accuracy; (0, 0) before any."""
     best = max(state.evaluated, key=lambda e: e[1].accuracy, default=None)
     return (0, 0.0) if best is None else (best[0], best[1].accuracy)
+
+
+def _most_frequent(labels: Tensor) -> float:
+    """The share of the most frequent class among the labels; those below 0 stand for nothing to predict."""
+    counts = labels[labels >= 0].bincount()
+    return int(counts.max()) / int(counts.sum())
+
+
+def _lost(accuracies: Sequence[float], chance: float) -> bool:
+    """Whether a model that was twice as good as naming the most frequent class has been no better than that
+    for COLLAPSE evaluations in a row: its units are dead or its weights beyond all measure."""
+    return max(accuracies, default=0.0) > 2 * chance >= 2 * max(accuracies[-COLLAPSE:])
 
 
 @cache

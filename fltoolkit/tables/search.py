@@ -42,8 +42,8 @@ class Run:
     """One learning rate of a cell: lr = 10^(index / resolution).
 
     corners: the best-so-far curve where it rises. rounds: rounds to the target, or None. ended: "target",
-    "cap" (more rounds than `ran` could not have been better, or were not in the budget), "diverged" or
-    "stalled".
+    "cap" (more rounds than `ran` could not have been better, or were not in the budget), "diverged" (a value
+    that is not finite, or a model that fell back to chance and stayed there) or "stalled".
     """
 
     index: int

@@ -9,38 +9,45 @@ pooling loses nothing beyond what the next product would round.
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fltoolkit.training.engines import native
+from fltoolkit.models.text import PeepholeLstm
+from fltoolkit.training.engines import native, native_lstm
 from fltoolkit.training.engines.fused import PooledConv2d, join_with_pool
+from fltoolkit.training.engines.recurrent import FastLstm
 from fltoolkit.types import LocalSpec
 
-FROM = {nn.Conv2d: 8, nn.Linear: 32}
-"""Examples in a batch from which on the rounding of a layer's weights costs less than it saves."""
+FROM = {nn.Conv2d: 8, nn.Linear: 32, PeepholeLstm: 1}
+"""Examples in a batch, or tokens in one of text, from which on the rounding of a layer's weights costs less
+than it saves."""
 
 PIECE = 300
 """Examples that pass a model together: activations are half as long, and each piece rounds the weights."""
 
 
-def layers(local: LocalSpec) -> Collection[type[nn.Module]]:
-    """Kinds of layers that shall compute in bfloat16 in a client's steps."""
-    short = local.precision == "bf16"
-    return [kind for kind, least in FROM.items() if short and (local.batch is None or local.batch >= least)]
+def layers(local: LocalSpec, label: Tensor) -> Collection[type[nn.Module]]:
+    """Kinds of layers that shall compute in bfloat16 in a client's steps, for examples with such a label."""
+    tokens = inf if local.batch is None else local.batch * label.numel()
+    return [kind for kind, least in FROM.items() if local.precision == "bf16" and tokens >= least]
 
 
 def shorten(model: nn.Module, names: Collection[str], kinds: Collection[type[nn.Module]]) -> None:
     """Let a model's layers of these kinds multiply in bfloat16, in place; of the convolutions, those called
     `names` do the ReLU and the pooling that follow them, as `join_with_pool` has it. Layers give float32,
-    except where the next one in a Sequential would round that again."""
+    except where the next one in a Sequential would round that again. LSTMs that `recurrent.speed_up` has not
+    made fast, or for whose units the processor has no tiles, stay as they are."""
     once = {id(m) for n, m in model.named_modules() if n in names}
     join_with_pool(model, names, _BriefPooledConv2d if nn.Conv2d in kinds else PooledConv2d)
     for layer in model.modules():
-        if type(layer) in kinds:
+        if type(layer) in kinds and type(layer) in _BRIEF:
             layer.__class__ = _BRIEF[type(layer)]
+        elif type(layer) is FastLstm and PeepholeLstm in kinds:
+            layer.short = native_lstm.tiles_fit(layer.units)
     for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
         rounds = False
         for layer in reversed(chain):

@@ -312,6 +312,260 @@ void fl_train_dense(const float *x, const int64_t *y, const int64_t *order, long
     }
 }
 
+/* e^x − 1, to a few units in the last place also where it is small: with x = k ln 2 + r, |r| ≤ ln 2 / 2, it is
+ * 2^k (e^r − 1) + 2^k − 1. */
+INLINE vec exp_minus_1(vec x)
+{
+    const vec most = all(87), shift = all(0x1.8p23f); /* numbers near the shift have no digits after the point */
+    x = choose(x > most, most, choose(x < -most, -most, x));
+    vec shifted = x * all(0x1.715476p0f) + shift, k = shifted - shift;
+    vec r = x - k * all(0x1.62e4p-1f) - k * all(0x1.7f7d1cp-20f), p = all(1 / 5040.f);
+    const float terms[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 1 / 2.f};
+    EACH (int i = 0; i < 5; i++) p = p * r + all(terms[i]);
+    vec scale = (vec)(((ints)shifted + 127) << 23);
+    return scale * (r + r * r * p) + (scale - all(1));
+}
+
+INLINE vec sigmoid(vec x) { return all(1) / (all(2) + exp_minus_1(-x)); }
+
+INLINE vec hyperbolic_tangent(vec x)
+{
+    vec e = exp_minus_1(all(2) * x);
+    return e / (e + all(2));
+}
+
+/* A step of an LSTM with peepholes for LANES units of one example: h, from the gates' inputs z in the order o, i, f,
+ * g. gates [4, units] take the gates' values. */
+INLINE vec lstm_unit(const vec z[4], const float *peephole, long units, const float *before, float *gates,
+                     float *cell, float *squashed)
+{
+    vec po = load(peephole), pi = load(peephole + units), pf = load(peephole + 2 * units), c = load(before);
+    vec i = sigmoid(z[1] + pi * c), f = sigmoid(z[2] + pf * c), g = hyperbolic_tangent(z[3]);
+    c = f * c + i * g;
+    vec o = sigmoid(z[0] + po * c), t = hyperbolic_tangent(c);
+    store(gates, o), store(gates + units, i), store(gates + 2 * units, f), store(gates + 3 * units, g);
+    store(cell, c), store(squashed, t);
+    return o * t;
+}
+
+/* The same step backward: d, by z, from dh by h; dc, by the cell, goes one step back; `by` [7, units], by the four
+ * biases and the three peepholes, adds up. */
+INLINE void lstm_unit_back(vec dh, const float *peephole, long units, const float *before, const float *cell,
+                           const float *gates, const float *squashed, float *dc, float *by, vec d[4])
+{
+    vec po = load(peephole), pi = load(peephole + units), pf = load(peephole + 2 * units), one = all(1);
+    vec o = load(gates), i = load(gates + units), f = load(gates + 2 * units), g = load(gates + 3 * units);
+    vec t = load(squashed), b = load(before);
+    d[0] = dh * o * (one - o) * t;
+    vec c = load(dc) + dh * o * (one - t * t) + d[0] * po;
+    d[1] = c * i * (one - i) * g;
+    d[2] = c * f * (one - f) * b;
+    d[3] = c * i * (one - g * g);
+    store(dc, c * f + d[1] * pi + d[2] * pf);
+    const vec more[7] = {d[0], d[1], d[2], d[3], d[0] * load(cell), d[1] * b, d[2] * b};
+    EACH (int k = 0; k < 7; k++) store(by + k * units, load(by + k * units) + more[k]);
+}
+
+/* LANES units of R examples; `u` [units, 4, LANES] is their recurrent weight, gates hold what the inputs give. */
+INLINE void lstm_tile(const int R, const int C, const float *u, const float *bias, const float *peephole, long units,
+                      const float *h, const float *before, float *gates, float *cell, float *squashed, float *hidden)
+{
+    vec s[ROWS][COLUMNS] = {0};
+    outer_products(R, C, s, h, units, 1, u, units, C * LANES, 0);
+    EACH (int r = 0; r < R; r++, before += units, gates += C * units, cell += units, squashed += units) {
+        EACH (int k = 0; k < C; k++) s[r][k] += load(gates + k * units) + load(bias + k * units);
+        store(hidden + r * units, lstm_unit(s[r], peephole, units, before, gates, cell, squashed));
+    }
+}
+
+/* An LSTM with bias [4, units] (o, i, f, g) and peepholes [3, units] (o, i, f) over `steps` of n examples. gates
+ * [steps, n, 4, units] hold W x and take the gates' values; cells and hidden [steps + 1, n, units] begin with the
+ * start; squashed [steps, n, units] takes tanh(cell). u [units / LANES, units, 4, LANES]; units are a multiple of
+ * LANES. */
+void fl_lstm(const float *u, const float *bias, const float *peephole, long steps, long n, long units, float *gates,
+             float *cells, float *squashed, float *hidden)
+{
+    for (long t = 0, line = n * units; t < steps; t++)
+        for (long k = 0; k < units; k += LANES)
+            for (long r = 0; r < n; r += ROWS) {
+                long now = t * line + r * units, at = now + k;
+                const float *uk = u + k * 4 * units, *b = bias + k, *p = peephole + k, *h = hidden + now;
+                float *c = cells + at, *z = gates + 4 * now + k, *s = squashed + at, *h1 = hidden + at + line;
+                BY_ROWS(lstm_tile, n - r, 4, uk, b, p, units, h, c, z, c + line, s, h1)
+            }
+}
+
+/* C vectors of units of R examples; `after` is the next step's dz [4, units], null at the last. */
+INLINE void lstm_back_tile(const int R, const int C, const float *u, const float *peephole, long units, long line,
+                           const float *after, const float *dh, const float *gates, const float *cells,
+                           const float *squashed, float *dc, float *by, float *dz)
+{
+    vec s[ROWS][COLUMNS] = {0}, d[4];
+    if (after)
+        outer_products(R, C, s, after, 4 * units, 1, u, 4 * units, units, 0);
+    EACH (int r = 0; r < R; r++)
+        EACH (int e = 0; e < C; e++) {
+            long unit = e * LANES, at = r * units + unit, wide = 4 * r * units + unit;
+            lstm_unit_back(load(dh + at) + s[r][e], peephole + unit, units, cells + at, cells + at + line,
+                           gates + wide, squashed + at, dc + at, by + unit, d);
+            EACH (int k = 0; k < 4; k++) store(dz + wide + k * units, d[k]);
+        }
+}
+
+/* Backward through fl_lstm: dz [steps, n, 4, units] by W x, from dh [steps, n, units] by the hidden states. u [4 units,
+ * units] as it is; dc [n, units] is zeros and so is `by` [7, units], which takes what lstm_unit_back tells. */
+void fl_lstm_back(const float *u, const float *peephole, const float *dh, const float *gates, const float *cells,
+                  const float *squashed, long steps, long n, long units, float *dc, float *by, float *dz)
+{
+    for (long t = steps - 1, line = n * units; t >= 0; t--)
+        for (long k = 0, wide; k < units; k += wide) {
+            wide = units - k >= COLUMNS * LANES ? COLUMNS * LANES : LANES;
+            for (long r = 0; r < n; r += ROWS) {
+                long here = r * units + k, at = t * line + here, z = 4 * (t * line + r * units);
+                const float *after = t + 1 < steps ? dz + z + 4 * line : 0, *uk = u + k, *p = peephole + k;
+                const float *c = cells + at, *s = squashed + at, *g = gates + z + k;
+                float *to_c = dc + here, *to_k = by + k, *to_z = dz + z + k;
+#define BACK(C) BY_ROWS(lstm_back_tile, n - r, C, uk, p, units, line, after, dh + at, g, c, s, to_c, to_k, to_z)
+                if (wide == LANES)
+                    BACK(1)
+                else
+                    BACK(COLUMNS)
+            }
+        }
+}
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define PAIRS 16 /* of bfloat16 in a row of a tile */
+
+/* Whether this process may use tiles: Linux wants to be asked. */
+int fl_tiles(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0; }
+
+typedef struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tiles;
+
+/* Tiles 0 to 3 take sums and 4 a factor of `rows` rows, 5 to 7 the other factor. */
+static void lay_out(long rows)
+{
+    tiles wanted = {.palette = 1};
+    for (int i = 0; i < 8; i++)
+        wanted.bytes[i] = 4 * PAIRS, wanted.rows[i] = i < 5 ? rows : PAIRS;
+    _tile_loadconfig(&wanted);
+}
+
+/* s [rows, 4 LANES] = a b of as many rows of a as are laid out, `stride` bytes apart, and 4 LANES columns of b
+ * [k / 2 PAIRS, 4, PAIRS, LANES, 2]; products are exact, their sums in float. */
+INLINE void tile_product(const int16_t *a, long stride, const int16_t *b, long k, float *s)
+{
+    const int tile = 2 * PAIRS * LANES, row = 4 * PAIRS, line = 16 * LANES;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    __asm__ volatile("" ::: "memory"); /* GCC does not know that tiles are loaded from memory */
+    for (; k > 0; k -= 2 * PAIRS, a += 2 * PAIRS, b += 4 * tile) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(5, b, row); _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b + tile, row); _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, b + 2 * tile, row); _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, b + 3 * tile, row); _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, s, line); _tile_stored(1, s + LANES, line);
+    _tile_stored(2, s + 2 * LANES, line); _tile_stored(3, s + 3 * LANES, line);
+}
+
+/* Puts the tiles back as they were before, empty. */
+static void leave(const tiles *before)
+{
+    if (before->palette)
+        _tile_loadconfig(before);
+    else
+        _tile_release();
+}
+
+INLINE vec load_short(const int16_t *p)
+{
+    return (vec)(__builtin_convertvector(*(const few_shorts *)p, ints) << 16);
+}
+
+INLINE void store_short(int16_t *p, vec v)
+{
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &rounded, sizeof rounded);
+}
+
+/* fl_lstm with products in bfloat16: z [steps, n, 4, units] is W x, u [units / LANES, units / 2 PAIRS, 4, PAIRS, LANES,
+ * 2]; hidden [steps, n, units] goes to `rounded` [steps + 1, n, units] too, which begins with the start. */
+void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, const int16_t *z, long steps, long n,
+                   long units, float *gates, float *cells, float *squashed, float *hidden, int16_t *rounded)
+{
+    float sums[PAIRS * 4 * LANES];
+    tiles before;
+    _tile_storeconfig(&before);
+    for (long first = 0, rows, line = n * units; first < n; first += rows) {
+        rows = smaller(PAIRS, n - first);
+        lay_out(rows);
+        for (long t = 0; t < steps; t++)
+            for (long unit = 0; unit < units; unit += LANES) {
+                long now = t * line + first * units;
+                tile_product(rounded + now, 2 * units, u + unit * 4 * units, units, sums);
+                for (long r = 0; r < rows; r++, now += units) {
+                    long at = now + unit, wide = 4 * now + unit;
+                    vec s[4], h;
+                    EACH (int k = 0; k < 4; k++)
+                        s[k] = load(sums + (4 * r + k) * LANES) + load_short(z + wide + k * units)
+                             + load(bias + k * units + unit);
+                    h = lstm_unit(s, peephole + unit, units, cells + at, gates + wide, cells + at + line, squashed + at);
+                    store(hidden + at, h);
+                    store_short(rounded + at + line, h);
+                }
+            }
+    }
+    leave(&before);
+}
+
+/* Backward through it, dz in bfloat16. u [units / 4 LANES, 4 units / 2 PAIRS, 4, PAIRS, LANES, 2]. */
+void fl_lstm_back_short(const int16_t *u, const float *peephole, const float *dh, const float *gates,
+                        const float *cells, const float *squashed, long steps, long n, long units, float *dc,
+                        float *by, int16_t *dz)
+{
+    float sums[PAIRS * 4 * LANES];
+    tiles before;
+    _tile_storeconfig(&before);
+    for (long first = 0, rows, line = n * units; first < n; first += rows) {
+        rows = smaller(PAIRS, n - first);
+        lay_out(rows);
+        for (long t = steps - 1; t >= 0; t--)
+            for (long k = 0; k < units; k += 4 * LANES) {
+                long now = t * line + first * units;
+                if (t + 1 < steps)
+                    tile_product(dz + 4 * (now + line), 8 * units, u + k * 4 * units, 4 * units, sums);
+                else
+                    memset(sums, 0, sizeof sums);
+                for (long e = 0; e < 4 * rows; e++) {
+                    long unit = k + e % 4 * LANES, row = e / 4 * units, at = now + row + unit;
+                    long wide = 4 * (now + row) + unit;
+                    vec d[4];
+                    lstm_unit_back(load(dh + at) + load(sums + e * LANES), peephole + unit, units, cells + at,
+                                   cells + at + line, gates + wide, squashed + at, dc + first * units + row + unit,
+                                   by + unit, d);
+                    EACH (int gate = 0; gate < 4; gate++) store_short(dz + wide + gate * units, d[gate]);
+                }
+            }
+    }
+    leave(&before);
+}
+
+#else
+
+int fl_tiles(void) { return 0; }
+
+#endif
+
 /* Max pooling of relu(z), z [n, h, w, c], over 2 x 2 windows: y [n, h / 2, w / 2, c], and `which` of a window's
  * places, row by row, holds its first maximum; NOWHERE where no value is above 0. */
 #define NOWHERE 4

@@ -7,7 +7,7 @@ whose linear and recurrent layers are swapped for faster ones that compute the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from queue import SimpleQueue
 
@@ -61,10 +61,10 @@ class Looped(Engine):
         alone = params.device.type != "cpu" or draws(self.model)
         # Random numbers come from one global generator, so a model that draws trains client by client.
         threads = 1 if alone else min(torch.get_num_threads(), len(data))
-        once = called_once(self.model, data[0].x[:1])
+        once, short = called_once(self.model, data[0].x[:1]), brief.layers(local, data[0].y[0])
         idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(threads):
-            idle.put(_Worker(self.model, self.loss, self.layout, local, once))
+            idle.put(_Worker(self.model, self.loss, self.layout, local, once, short))
 
         def train(k: int) -> None:
             worker = idle.get()
@@ -87,7 +87,13 @@ class _Worker:
     """A copy of the model that trains one client at a time."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, layout: Layout, local: LocalSpec, once: frozenset[str]
+        self,
+        model: nn.Module,
+        loss: Loss,
+        layout: Layout,
+        local: LocalSpec,
+        once: frozenset[str],
+        short: Collection[type[nn.Module]],
     ) -> None:
         self.loss, self.layout, self.local, self.source = loss, layout, local, model
         self.model = deepcopy(model)
@@ -97,7 +103,6 @@ class _Worker:
         self.params: list[Tensor] = [named[n] for n in layout.names]
         self.velocity = [torch.zeros_like(p) for p in self.params] if local.momentum else []
         recurrent.speed_up(self.model)
-        short = brief.layers(local)
         size = brief.PIECE if nn.Linear in short else PIECE
         self.piece = size if separable(self.model) else None
         brief.shorten(self.model, once, short)

@@ -38,6 +38,10 @@ _SIGNATURES: dict[str, list[object]] = {
     "fl_below": [*[_Pointer] * 2, *[_Long] * 3, _Pointer],
     "fl_step": [*[_Pointer] * 2, *[_Long] * 3, _Pointer, _Float, _Float],
     "fl_step_bias": [_Pointer, *[_Long] * 2, _Pointer, _Float, _Float],
+    "fl_lstm": [*[_Pointer] * 3, *[_Long] * 3, *[_Pointer] * 4],
+    "fl_lstm_back": [*[_Pointer] * 6, *[_Long] * 3, *[_Pointer] * 3],
+    "fl_lstm_short": [*[_Pointer] * 4, *[_Long] * 3, *[_Pointer] * 5],
+    "fl_lstm_back_short": [*[_Pointer] * 6, *[_Long] * 3, *[_Pointer] * 3],
     "fl_relu_pool": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
     "fl_relu_pool_short": [_Pointer, *[_Long] * 4, *[_Pointer] * 2],
     "fl_unpool_short": [*[_Pointer] * 2, *[_Long] * 4, _Pointer],
@@ -71,9 +75,16 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     for name, signature in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = signature, None
+        if hasattr(found, name):  # those for tiles are missing where the processor has none
+            function = getattr(found, name)
+            function.argtypes, function.restype = signature, None
     return found
+
+
+@cache
+def tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 and the kernels can be had."""
+    return library() is not None and bool(_library().fl_tiles())
 
 
 def _processor() -> str:
@@ -109,6 +120,11 @@ def _library() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
+
+
+def call(name: str, *given: Tensor | int) -> None:
+    """Call a kernel, with pointers in place of tensors."""
+    getattr(_library(), name)(*(g.data_ptr() if isinstance(g, Tensor) else g for g in given))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

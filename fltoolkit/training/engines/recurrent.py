@@ -1,7 +1,8 @@
 """The peephole LSTM's forward and backward pass by hand, for a model that only plain SGD will train.
 
-What does not wait for the step before is done for all steps at once. That leaves nine small operations a
-step forward and five backward, where autograd needs about fifteen and forty; TorchScript runs through them.
+What does not wait for the step before is done for all steps at once. The rest runs through compiled kernels
+(`native_lstm`) where they can be had. Elsewhere it is nine small operations a step forward and five backward,
+where autograd needs about fifteen and forty; TorchScript runs through them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
+from fltoolkit.training.engines import native_lstm
 from fltoolkit.training.engines.script import scripted
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -213,11 +215,19 @@ def _through_time(
     return dz
 
 
-class _FastLstm(PeepholeLstm):
+class FastLstm(PeepholeLstm):
+    """short: multiply in bfloat16 (`native_lstm`)."""
+
+    short = False
+
     def forward(self, x: Tensor) -> Tensor:
         time_major = x.transpose(0, 1).contiguous()
-        h: Tensor = _Lstm.apply(time_major, self.input_weight, self.hidden_weight, self.bias, self.peephole)
-        return h[1:].transpose(0, 1)
+        params = self.input_weight, self.hidden_weight, self.bias, self.peephole
+        if native_lstm.fits(self, time_major):
+            h: Tensor = native_lstm.Steps.apply(time_major, *params, self.short)
+        else:
+            h = _Lstm.apply(time_major, *params)[1:]
+        return h.transpose(0, 1)
 
 
 class _VmappedLstm(PeepholeLstm):
@@ -236,7 +246,7 @@ class _TrimmedModel(LanguageModel):
         return F.pad(logits, (0, 0, 0, x.shape[1] - steps))
 
 
-FASTER: dict[type[nn.Module], type[nn.Module]] = {PeepholeLstm: _FastLstm, LanguageModel: _TrimmedModel}
+FASTER: dict[type[nn.Module], type[nn.Module]] = {PeepholeLstm: FastLstm, LanguageModel: _TrimmedModel}
 
 
 def speed_up(model: nn.Module) -> None:
