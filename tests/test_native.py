@@ -20,6 +20,7 @@ from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import choose, native, native_lstm
 from fltoolkit.training.engines.base import each_on_its_core
 from fltoolkit.training.engines.fused import PooledConv2d, join_with_pool
+from fltoolkit.training.engines.native_lstm import Lines
 from fltoolkit.training.engines.recurrent import FastLstm
 from fltoolkit.types import Examples, Layout, LocalSpec
 
@@ -102,31 +103,57 @@ def test_an_lstm_may_have_any_number_of_whole_vectors(units):
 
 
 @compiled
+@pytest.mark.parametrize("more", [0, 5])
+@pytest.mark.parametrize("short", [False, SHORT])
+def test_lines_that_end_early_are_as_if_each_were_alone(short, more):
+    """Lines of many lengths, more than a tile has rows, in one call, with rows of no line behind them."""
+    lengths = [9, 9, 9, 9, 8, 8, 7, 7, 7, 7, 6, 6, 5, 5, 4, 4, 4, 3, 3, 3, 2, 1, 1, 1, 1, 1, 0, 0]
+    layer, x, dh = recurrence(9, len(lengths), 64)
+    layer.__class__, layer.short = FastLstm, short
+    params = list(layer.parameters())
+    each = [layer(x[k : k + 1, :n])[0] for k, n in enumerate(lengths) if n]
+    kept = torch.arange(9) < torch.tensor(lengths)[:, None]
+    expected = torch.autograd.grad(torch.cat(each), params, dh[kept])
+
+    there = kept.T
+    lines = Lines(len(lengths), there.sum(1))
+    beyond = torch.full((more, 3), 1.5)
+    rows = torch.cat([x.transpose(0, 1)[there], beyond]).requires_grad_()
+    h = layer.on_rows(rows, lines)
+    assert torch.equal(h[lines.rows :], torch.zeros(more, 64))
+    together = h.new_zeros(9, len(lengths), 64).index_put(torch.where(there), h[: lines.rows])
+    for k, alone in enumerate(each):
+        assert distance(together[: lengths[k], k], alone) < 1e-6
+    by_h = torch.cat([dh.transpose(0, 1)[there], torch.full((more, 64), 1.5)])
+    by_rows, *found = torch.autograd.grad(h, [rows, *params], by_h)
+    assert all(distance(a, b) < (2e-2 if short else 2e-6) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(by_rows[lines.rows :], torch.zeros(more, 3))
+
+
+@compiled
 @pytest.mark.skipif(not native.tiles(), reason="no tiles of bfloat16")
 def test_recurrent_products_in_tiles_are_exact_but_for_rounding_their_factors():
     """Against the same kernel in float32, given weights and states that are whole in bfloat16."""
     n, units = 21, 64
     g = torch.Generator().manual_seed(0)
     u = (torch.randint(-8, 9, (4 * units, units), generator=g) / 256).float()
-    wx = torch.randn(2, n, 4 * units, generator=g).bfloat16()
+    wx, lines = torch.randn(2 * n, 4 * units, generator=g).bfloat16(), Lines.alike(n, 2)
     bias, peephole = torch.randn(4 * units, generator=g), torch.randn(3 * units, generator=g)
-    (gates, cells, squashed), hidden, states = native_lstm.run(wx, u, bias, peephole)
-    assert torch.equal(states[1:], hidden.bfloat16())
-    assert torch.equal(states[0], torch.zeros(n, units, dtype=torch.bfloat16))
+    (gates, cells, squashed), hidden, states = native_lstm.run(wx, u, bias, peephole, lines)
+    assert torch.equal(states[n:], hidden.bfloat16())
+    assert torch.equal(states[:n], torch.zeros(n, units, dtype=torch.bfloat16))
 
-    second = wx[1].float() + states[1].float() @ u.T
+    second = wx[n:].float() + states[n : 2 * n].float() @ u.T
     (alone, cell, squash), *_ = native_lstm.run(
-        torch.cat([wx[:1].float(), second[None]]), torch.zeros_like(u), bias, peephole
+        torch.cat([wx[:n].float(), second]), torch.zeros_like(u), bias, peephole, lines
     )
     pairs = ((gates, alone), (cells, cell), (squashed, squash))
     assert all(distance(a, b.double()) < 1e-6 for a, b in pairs)
 
-    dh = torch.randn(2, n, units, generator=g)
-    dwx, by_bias, by_peephole = native_lstm.run_back(
-        dh, u, peephole, gates, cells, squashed, dtype=torch.bfloat16
-    )
-    full = native_lstm.run_back(dh, u, peephole, gates, cells, squashed, dtype=torch.float32)
-    assert distance(dwx[1].float(), full[0][1].bfloat16().double()) == 0
+    given = torch.randn(2 * n, units, generator=g), u, peephole, lines, gates, cells, squashed
+    dwx, by_bias, by_peephole = native_lstm.run_back(*given, dtype=torch.bfloat16)
+    full = native_lstm.run_back(*given, dtype=torch.float32)
+    assert distance(dwx[n:].float(), full[0][n:].bfloat16().double()) == 0
     for a, b in ((dwx, full[0]), (by_bias, full[1]), (by_peephole, full[2])):
         assert 0 < distance(a, b.double()) < 4e-3
 
@@ -137,7 +164,8 @@ def test_tiles_are_left_as_they_were():
     """PyTorch's products in bfloat16 use the same tiles before and after."""
     a = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = a @ a.T
-    native_lstm.run(a.new_zeros(2, 3, 256), torch.zeros(256, 64), torch.zeros(256), torch.zeros(192))
+    none = torch.zeros(256, 64)
+    native_lstm.run(a.new_zeros(6, 256), none, none[:, 0], none[:192, 0], Lines.alike(3, 2))
     assert torch.equal(a @ a.T, before)
 
 
@@ -162,10 +190,11 @@ def test_gates_are_right_to_the_last_digits_and_keep_nan():
     z = torch.cat([sizes, -sizes, torch.zeros(1), torch.tensor([float("inf"), -float("inf"), float("nan")])])
     z = F.pad(z, (0, -len(z) % 16))
     units = len(z)
-    wx, none = z.repeat(1, 1, 4), torch.zeros(4 * units)
-    (gates, *_), *_ = native_lstm.run(wx, torch.zeros(4 * units, units), none, none[: 3 * units])
+    wx, none = z.repeat(1, 4), torch.zeros(4 * units)
+    u, lines = torch.zeros(4 * units, units), Lines.alike(1, 1)
+    (gates, *_), *_ = native_lstm.run(wx, u, none, none[: 3 * units], lines)
     exact = z.double()
-    for found, right in zip(gates[0, 0], [torch.sigmoid(exact)] * 3 + [torch.tanh(exact)], strict=True):
+    for found, right in zip(gates[0], [torch.sigmoid(exact)] * 3 + [torch.tanh(exact)], strict=True):
         assert torch.equal(found.isnan(), z.isnan())
         there = (~z.isnan()) & (right.abs() > 1e-37)
         assert ((found.double() - right).abs() <= 2e-7 * right.abs())[there].all()

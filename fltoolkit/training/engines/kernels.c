@@ -378,21 +378,23 @@ INLINE void lstm_tile(const int R, const int C, const float *u, const float *bia
     }
 }
 
-/* An LSTM with bias [4, units] (o, i, f, g) and peepholes [3, units] (o, i, f) over `steps` of n examples. gates
- * [steps, n, 4, units] hold W x and take the gates' values; cells and hidden [steps + 1, n, units] begin with the
- * start; squashed [steps, n, units] takes tanh(cell). u [units / LANES, units, 4, LANES]; units are a multiple of
- * LANES. */
-void fl_lstm(const float *u, const float *bias, const float *peephole, long steps, long n, long units, float *gates,
-             float *cells, float *squashed, float *hidden)
+/* An LSTM with bias [4, units] (o, i, f, g) and peepholes [3, units] (o, i, f) over `steps`, of which step t has the
+ * first count[t] of n examples, never more than the step before. Arrays hold step after step: gates [Σ count, 4, units],
+ * which hold W x and take the gates' values, and squashed [Σ count, units], which takes tanh(cell); cells and hidden
+ * [n + Σ count, units] begin with the start. u [units / LANES, units, 4, LANES]; units are a multiple of LANES. */
+void fl_lstm(const float *u, const float *bias, const float *peephole, const long *count, long steps, long n,
+             long units, float *gates, float *cells, float *squashed, float *hidden)
 {
-    for (long t = 0, line = n * units; t < steps; t++)
+    for (long t = 0, line = n * units; t < steps; line = count[t++] * units) {
         for (long k = 0; k < units; k += LANES)
-            for (long r = 0; r < n; r += ROWS) {
-                long now = t * line + r * units, at = now + k;
-                const float *uk = u + k * 4 * units, *b = bias + k, *p = peephole + k, *h = hidden + now;
-                float *c = cells + at, *z = gates + 4 * now + k, *s = squashed + at, *h1 = hidden + at + line;
-                BY_ROWS(lstm_tile, n - r, 4, uk, b, p, units, h, c, z, c + line, s, h1)
+            for (long r = 0; r < count[t]; r += ROWS) {
+                long row = r * units, at = row + k;
+                const float *uk = u + k * 4 * units, *b = bias + k, *p = peephole + k, *h = hidden + row;
+                float *c = cells + at, *z = gates + 4 * row + k, *s = squashed + at, *h1 = hidden + at + line;
+                BY_ROWS(lstm_tile, count[t] - r, 4, uk, b, p, units, h, c, z, c + line, s, h1)
             }
+        cells += line, hidden += line, gates += 4 * count[t] * units, squashed += count[t] * units;
+    }
 }
 
 /* C vectors of units of R examples; `after` is the next step's dz [4, units], null at the last. */
@@ -412,26 +414,42 @@ INLINE void lstm_back_tile(const int R, const int C, const float *u, const float
         }
 }
 
-/* Backward through fl_lstm: dz [steps, n, 4, units] by W x, from dh [steps, n, units] by the hidden states. u [4 units,
- * units] as it is; dc [n, units] is zeros and so is `by` [7, units], which takes what lstm_unit_back tells. */
-void fl_lstm_back(const float *u, const float *peephole, const float *dh, const float *gates, const float *cells,
-                  const float *squashed, long steps, long n, long units, float *dc, float *by, float *dz)
+/* Rows up to the end of step t. */
+static long rows_until(const long *count, long t)
 {
-    for (long t = steps - 1, line = n * units; t >= 0; t--)
+    long rows = 0;
+    for (; t >= 0; t--)
+        rows += count[t];
+    return rows;
+}
+
+/* Backward through fl_lstm: dz [Σ count, 4, units] by W x, from dh [Σ count, units] by the hidden states. u [4 units,
+ * units] as it is; dc [n, units] is zeros and so is `by` [7, units], which takes what lstm_unit_back tells. */
+void fl_lstm_back(const float *u, const float *peephole, const long *count, const float *dh, const float *gates,
+                  const float *cells, const float *squashed, long steps, long n, long units, float *dc, float *by,
+                  float *dz)
+{
+    long now = rows_until(count, steps - 1);
+    for (long t = steps - 1; t >= 0; t--) {
+        long line = t ? count[t - 1] : n, before, goes_on = t + 1 < steps ? count[t + 1] : 0;
+        now -= count[t], before = n + now - line;
         for (long k = 0, wide; k < units; k += wide) {
             wide = units - k >= COLUMNS * LANES ? COLUMNS * LANES : LANES;
-            for (long r = 0; r < n; r += ROWS) {
-                long here = r * units + k, at = t * line + here, z = 4 * (t * line + r * units);
-                const float *after = t + 1 < steps ? dz + z + 4 * line : 0, *uk = u + k, *p = peephole + k;
-                const float *c = cells + at, *s = squashed + at, *g = gates + z + k;
-                float *to_c = dc + here, *to_k = by + k, *to_z = dz + z + k;
-#define BACK(C) BY_ROWS(lstm_back_tile, n - r, C, uk, p, units, line, after, dh + at, g, c, s, to_c, to_k, to_z)
+            for (long r = 0, end; r < count[t]; r = smaller(r + ROWS, end)) {
+                end = r < goes_on ? goes_on : count[t];
+                long at = (now + r) * units + k, z = 4 * (now + r) * units;
+                const float *after = r < goes_on ? dz + z + 4 * count[t] * units : 0, *uk = u + k, *p = peephole + k;
+                const float *c = cells + (before + r) * units + k, *s = squashed + at, *g = gates + z + k;
+                float *to_c = dc + r * units + k, *to_k = by + k, *to_z = dz + z + k;
+#define BACK(C) \
+    BY_ROWS(lstm_back_tile, end - r, C, uk, p, units, line * units, after, dh + at, g, c, s, to_c, to_k, to_z)
                 if (wide == LANES)
                     BACK(1)
                 else
                     BACK(COLUMNS)
             }
         }
+    }
 }
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -498,64 +516,69 @@ INLINE void store_short(int16_t *p, vec v)
     memcpy(p, &rounded, sizeof rounded);
 }
 
-/* fl_lstm with products in bfloat16: z [steps, n, 4, units] is W x, u [units / LANES, units / 2 PAIRS, 4, PAIRS, LANES,
- * 2]; hidden [steps, n, units] goes to `rounded` [steps + 1, n, units] too, which begins with the start. */
-void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, const int16_t *z, long steps, long n,
-                   long units, float *gates, float *cells, float *squashed, float *hidden, int16_t *rounded)
+/* fl_lstm with products in bfloat16: z [Σ count, 4, units] is W x, u [units / LANES, units / 2 PAIRS, 4, PAIRS, LANES,
+ * 2]; hidden [Σ count, units] goes to `rounded` [n + Σ count, units] too, which begins with the start. */
+void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, const long *count, const int16_t *z,
+                   long steps, long n, long units, float *gates, float *cells, float *squashed, float *hidden,
+                   int16_t *rounded)
 {
     float sums[PAIRS * 4 * LANES];
     tiles before;
     _tile_storeconfig(&before);
-    for (long first = 0, rows, line = n * units; first < n; first += rows) {
-        rows = smaller(PAIRS, n - first);
-        lay_out(rows);
-        for (long t = 0; t < steps; t++)
+    for (long first = 0; first < n; first += PAIRS)
+        for (long t = 0, rows = 0, now = first, line = n; t < steps && count[t] > first; t++) {
+            if (rows != smaller(PAIRS, count[t] - first))
+                lay_out(rows = smaller(PAIRS, count[t] - first));
             for (long unit = 0; unit < units; unit += LANES) {
-                long now = t * line + first * units;
-                tile_product(rounded + now, 2 * units, u + unit * 4 * units, units, sums);
-                for (long r = 0; r < rows; r++, now += units) {
-                    long at = now + unit, wide = 4 * now + unit;
-                    vec s[4], h;
+                const int16_t *h = rounded + (now + n - line) * units;
+                tile_product(h, 2 * units, u + unit * 4 * units, units, sums);
+                for (long r = 0; r < rows; r++) {
+                    long at = (now + r) * units + unit, wide = 4 * (now + r) * units + unit, next = at + n * units;
+                    vec s[4], y;
                     EACH (int k = 0; k < 4; k++)
                         s[k] = load(sums + (4 * r + k) * LANES) + load_short(z + wide + k * units)
                              + load(bias + k * units + unit);
-                    h = lstm_unit(s, peephole + unit, units, cells + at, gates + wide, cells + at + line, squashed + at);
-                    store(hidden + at, h);
-                    store_short(rounded + at + line, h);
+                    y = lstm_unit(s, peephole + unit, units, cells + next - line * units, gates + wide, cells + next,
+                                  squashed + at);
+                    store(hidden + at, y);
+                    store_short(rounded + next, y);
                 }
             }
-    }
+            now += line = count[t];
+        }
     leave(&before);
 }
 
 /* Backward through it, dz in bfloat16. u [units / 4 LANES, 4 units / 2 PAIRS, 4, PAIRS, LANES, 2]. */
-void fl_lstm_back_short(const int16_t *u, const float *peephole, const float *dh, const float *gates,
-                        const float *cells, const float *squashed, long steps, long n, long units, float *dc,
-                        float *by, int16_t *dz)
+void fl_lstm_back_short(const int16_t *u, const float *peephole, const long *count, const float *dh,
+                        const float *gates, const float *cells, const float *squashed, long steps, long n, long units,
+                        float *dc, float *by, int16_t *dz)
 {
     float sums[PAIRS * 4 * LANES];
     tiles before;
     _tile_storeconfig(&before);
-    for (long first = 0, rows, line = n * units; first < n; first += rows) {
-        rows = smaller(PAIRS, n - first);
-        lay_out(rows);
-        for (long t = steps - 1; t >= 0; t--)
-            for (long k = 0; k < units; k += 4 * LANES) {
-                long now = t * line + first * units;
-                if (t + 1 < steps)
-                    tile_product(dz + 4 * (now + line), 8 * units, u + k * 4 * units, 4 * units, sums);
-                else
-                    memset(sums, 0, sizeof sums);
+    for (long first = 0; first < n; first += PAIRS) {
+        long now = first + rows_until(count, steps - 1), laid = 0;
+        for (long t = steps - 1; t >= 0; t--) {
+            long rows = smaller(PAIRS, count[t] - first), line = (t ? count[t - 1] : n) * units;
+            long goes_on = t + 1 < steps ? smaller(PAIRS, count[t + 1] - first) : 0;
+            now -= count[t];
+            if (goes_on > 0 && goes_on != laid)
+                lay_out(laid = goes_on);
+            for (long k = 0; k < units && rows > 0; k += 4 * LANES) {
+                memset(sums, 0, sizeof sums);
+                if (goes_on > 0)
+                    tile_product(dz + 4 * (now + count[t]) * units, 8 * units, u + k * 4 * units, 4 * units, sums);
                 for (long e = 0; e < 4 * rows; e++) {
-                    long unit = k + e % 4 * LANES, row = e / 4 * units, at = now + row + unit;
-                    long wide = 4 * (now + row) + unit;
+                    long unit = k + e % 4 * LANES, row = (now + e / 4) * units, at = row + unit, wide = 4 * row + unit;
+                    const float *cell = cells + at + n * units;
                     vec d[4];
-                    lstm_unit_back(load(dh + at) + load(sums + e * LANES), peephole + unit, units, cells + at,
-                                   cells + at + line, gates + wide, squashed + at, dc + first * units + row + unit,
-                                   by + unit, d);
+                    lstm_unit_back(load(dh + at) + load(sums + e * LANES), peephole + unit, units, cell - line, cell,
+                                   gates + wide, squashed + at, dc + (first + e / 4) * units + unit, by + unit, d);
                     EACH (int gate = 0; gate < 4; gate++) store_short(dz + wide + gate * units, d[gate]);
                 }
             }
+        }
     }
     leave(&before);
 }

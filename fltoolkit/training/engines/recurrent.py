@@ -18,6 +18,9 @@ from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import native_lstm
 from fltoolkit.training.engines.script import scripted
 
+ROWS = 32
+"""Rows of lines are filled up to a multiple of as many, since oneDNN compiles products for each size anew."""
+
 Kept = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of T steps: hidden states and cells `[T + 1, *, B, units]` with the zero start first, gates
 `[T, *, B, 4, units]` in the order o, i, f, g, and tanh(cell) `[T, *, B, units]`; * is nothing, or clients."""
@@ -222,12 +225,20 @@ class FastLstm(PeepholeLstm):
 
     def forward(self, x: Tensor) -> Tensor:
         time_major = x.transpose(0, 1).contiguous()
-        params = self.input_weight, self.hidden_weight, self.bias, self.peephole
-        if native_lstm.fits(self, time_major):
-            h: Tensor = native_lstm.Steps.apply(time_major, *params, self.short)
+        if native_lstm.fits(self):
+            lines = native_lstm.Lines.alike(*x.shape[:2])
+            h = self.on_rows(time_major.flatten(0, 1), lines).view(*time_major.shape[:2], -1)
         else:
-            h = _Lstm.apply(time_major, *params)[1:]
+            h = _Lstm.apply(time_major, *self._params())[1:]
         return h.transpose(0, 1)
+
+    def on_rows(self, x: Tensor, lines: native_lstm.Lines) -> Tensor:
+        """From the rows of `lines` `[rows, inputs]` to their hidden states `[rows, units]`, natively."""
+        h: Tensor = native_lstm.Steps.apply(x, *self._params(), lines, self.short)
+        return h
+
+    def _params(self) -> tuple[Tensor, ...]:
+        return self.input_weight, self.hidden_weight, self.bias, self.peephole
 
 
 class _VmappedLstm(PeepholeLstm):
@@ -239,11 +250,28 @@ class _VmappedLstm(PeepholeLstm):
 
 class _TrimmedModel(LanguageModel):
     def forward(self, x: Tensor) -> Tensor:
-        """Read up to the longest line's end; zeros for the padding that all lines share."""
-        used = (x != self.padding).any(0).nonzero()
-        steps = int(used[-1]) + 1 if len(used) else 1
+        """Read lines up to their ends; what follows gets any logits, or none (zeros)."""
+        ends = ((x != self.padding) * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(1)
+        layers = [m for m in self.layers if type(m) is FastLstm and native_lstm.fits(m)]
+        if int(ends.max()) and len(layers) == len(self.layers):
+            return self._by_rows(x, ends, layers)
+        steps = max(1, int(ends.max()))
         logits = super().forward(x[:, :steps])
         return F.pad(logits, (0, 0, 0, x.shape[1] - steps))
+
+    def _by_rows(self, x: Tensor, ends: Tensor, layers: Sequence[FastLstm]) -> Tensor:
+        """Each line for itself: no layer computes anything beyond its end."""
+        order, time = ends.argsort(descending=True), torch.arange(int(ends.max())).unsqueeze(1)
+        there = time < ends[order]
+        lines = native_lstm.Lines(len(x), there.sum(1))
+        ids = x[order, : len(time)].T[there]
+        h = self.embedding(F.pad(ids, (0, -len(ids) % ROWS), value=self.padding))
+        for layer in layers:
+            h = layer.on_rows(h, lines)
+        logits = self.out(h.unsqueeze(0))[0, : len(ids)]
+        none = logits.new_zeros(x.numel(), logits.shape[1])
+        at = (order * x.shape[1] + time)[there]
+        return none.index_copy(0, at, logits).view(*x.shape, -1)
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {PeepholeLstm: FastLstm, LanguageModel: _TrimmedModel}
