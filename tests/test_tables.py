@@ -253,6 +253,15 @@ def test_rate_that_stands_still_is_given_up(cell, tmp_path, monkeypatch):
     assert moving.ended != "stalled"
 
 
+def test_figure_shows_the_end_of_every_curve():
+    table = cells.table("table2-shakespeare")
+    assert show._window(table, {}) == pytest.approx((0.39, 0.56))
+    low = {"runs": [{"rounds": None, "best": 0.17, "ran": 8, "corners": [[8, 0.17]]}]}
+    near = {"runs": [{"rounds": None, "best": 0.53, "ran": 8, "corners": [[8, 0.53]]}]}
+    results = {"lstm-E5-B10-iid": near, "lstm-E5-B10-role": low}
+    assert show._window(table, results) == pytest.approx((0.12, 0.56))
+
+
 @pytest.mark.parametrize(
     ("accuracies", "lost"),
     [
@@ -324,8 +333,8 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "2nn-C1.0-B10-iid: more than 76 rounds (2 of 3 seeds reached it), paper 70." in text
     assert "Undecided: a budget or a seed ended before" in text
     assert "[low, high]: the geometric mean" in text
-    assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, paper 619." in text
-    assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, paper 1658." in text
+    assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, 97.0% at best, paper 619." in text
+    assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, 97.0% at best, paper 1658." in text
     assert "1602.05629" in text
     diverged = {"rounds": None, "best": 0.0, "ran": 0, "effort": {}, "corners": []}
     results["2nn-C0.0-B10-iid"]["seeds"].append(diverged)

@@ -159,7 +159,11 @@ def _remarkable(cell: Cell, result: Mapping[str, Any]) -> bool:
 def _remark(cell: Cell, result: Mapping[str, Any]) -> str:
     found, budget = estimate(result), result["effort"]["budget"]
     more = "more than " if found.bound else ""
-    got = f"not reached in {budget} rounds" if found.mean is None else f"{more}{found.mean:.0f} rounds"
+    if found.mean is None:
+        best = max(r["best"] for r in result["runs"])
+        got = f"not reached in {budget} rounds, {best:.1%} at best"
+    else:
+        got = f"{more}{found.mean:.0f} rounds"
     if found.seeds > 1:
         got += f" ({found.reached} of {found.seeds} seeds reached it)"
     return f"{cell.id}: {got}, paper {cell.paper_rounds or 'not reached'}."
@@ -169,10 +173,12 @@ def draw(table: Table, results: Results, path: Path) -> None:
     """Best-so-far test accuracy over rounds (logarithmic), one panel a column, one line a cell run and thin
     ones for its other seeds."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
 
     from fltoolkit.report.figures import GRID, INK, panels, save, tidy
 
     figure, axes = panels(len(table.columns))
+    low, high = _window(table, results)
     shade = colormaps["viridis"]
     for column, axis in zip(table.columns, axes, strict=True):
         cells = [c for c in table.cells if c.column == column]
@@ -188,13 +194,23 @@ def draw(table: Table, results: Results, path: Path) -> None:
                 _curve(axis, again, cell.target, color=colour, lw=0.6, ms=2)
         axis.axhline(cells[0].target, color=GRID, lw=1.2, zorder=0)
         axis.set_xscale("log")
-        axis.set_ylim(max(0.0, cells[0].target - 0.15), min(1.0, cells[0].target + 0.02))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.set_ylim(low, high)
         axis.set_title(column, fontsize=10, color=INK)
         tidy(axis, "communication rounds", "best test accuracy so far")
     handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(table.title, fontsize=11, color=INK)
     save(figure, path)
+
+
+def _window(table: Table, results: Results) -> tuple[float, float]:
+    """Accuracies to show: 0.15 below the lowest target, or as low as the end of the worst curve asks."""
+    targets = [c.target for c in table.cells]
+    ends = [_best(results[c.id])["best"] - 0.05 for c in table.cells if c.id in results]
+    return max(0.0, min([min(targets) - 0.15, *ends])), min(1.0, max(targets) + 0.02)
 
 
 def _curve(
