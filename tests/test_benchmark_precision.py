@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,10 @@ def test_a_cell_is_trained_again_at_its_rate(tmp_path, monkeypatch):
     effort = run.Effort(budget=25, resolution=1, start_lr=0.1, most=3)
     known = run.run_cell(cell, effort, tmp_path / "table9", lambda *a: None)
     monkeypatch.setattr(cells, "table", lambda name: cells.Table(name, "Title", "", (cell,)))
-    found = again("table9", "c", tmp_path, inf, tmp_path)
+    found = again("table9", "c", tmp_path, tmp_path)
     assert found["rounds"]["float32"] == known["rounds"]
     assert found["rounds"]["bf16"] == pytest.approx(known["rounds"], rel=0.2)
     assert found["corners"]["bf16"] != known["runs"][0]["corners"]
-    begun = again("table9", "c", tmp_path / "begun", 3, tmp_path)
-    assert begun["ran"] == 3
-    for precision in ("float32", "bf16"):
-        corners = [tuple(c) for c in found["corners"][precision]]
-        assert [tuple(c) for c in begun["corners"][precision]] == [c for c in corners if c[0] <= 3]
     draw({"cells": {"c": found}}, tmp_path / "f.png")
     assert (tmp_path / "f.png").exists()
 
@@ -48,21 +42,11 @@ def test_times_are_of_both_precisions():
     assert all(r["ratio"] == pytest.approx(r["float32"] / r["bf16"]) for r in rows)
 
 
-def test_a_target_that_is_not_reached_shows_how_near_it_came():
-    cell = {
-        "target": 0.54,
-        "rounds": {"float32": None, "bf16": 41.4},
-        "ran": 60,
-        "corners": {"float32": [[4, 0.1], [60, 0.4747]], "bf16": [[42, 0.55]]},
-    }
-    assert "54%  47.5% in 60    41" in render({"cells": {"c": cell}, "times": []})
-
-
 def test_documentation_shows_the_committed_run():
     result = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    assert set(result["cells"]) == set(CELLS)
+    assert set(result["cells"]) == {name for _, name in CELLS}
     assert render(result) in (ROOT / "docs/fedavg-tables.md").read_text(encoding="utf-8")
-    for name, (table, _) in CELLS.items():
+    for table, name in CELLS:
         cell = json.loads((TABLES / table / f"{name}.json").read_text(encoding="utf-8"))
         assert result["cells"][name]["rounds"]["float32"] == cell["rounds"]
         assert cell["effort"].get("precision", "float32") == "float32"
