@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -103,15 +104,31 @@ def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command; bad input ends in one sentence and code 2, an interrupt in code 130."""
+    """Run a command; bad input ends in one sentence and code 2, an interrupt in code 130, an output that
+    nobody reads on in code 141."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _nobody_reads() -> bool:
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 _ABOUT = "Privacy attacks and defenses for federated learning, measured in one pipeline."

@@ -38,6 +38,24 @@ def test_threads_wait_without_holding_their_core_unless_told_otherwise(package, 
     assert done.stdout == f"{expected} False\n"
 
 
+def test_an_output_that_nobody_reads_on_ends_without_a_word(tmp_path):
+    """As in `python -m fltoolkit table NAME --show | head -1`."""
+    told = ["table", "figure1", "--out", "o", "--show"]
+    command = [sys.executable, "-m", "fltoolkit", *told]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+def test_another_broken_pipe_is_not_kept_quiet():
+    def lost():
+        raise BrokenPipeError("to a worker")
+
+    with pytest.raises(BrokenPipeError, match="to a worker"):
+        cli.guarded(lost)
+
+
 @pytest.mark.parametrize("name", ["dlg", "idlg"])
 def test_attack_command_writes_its_files_and_a_table(name, tmp_path):
     done = shell(f"attacks.{name}", "--batch", "1", *QUICK, cwd=tmp_path)

@@ -215,6 +215,7 @@ def test_a_full_gradient_is_run_once_for_all_partitions(cell, tmp_path):
 def test_probe_tries_every_rate_for_some_rounds_and_runs_one(cell, tmp_path):
     result = run.run_cell(cell, run.Effort(budget=40, resolution=1, probe=3), tmp_path, silent)
     assert {r["ran"] for r in result["probes"]} == {3}
+    assert result["seconds"] == pytest.approx(sum(r["seconds"] for r in result["runs"] + result["probes"]))
     assert len(result["runs"]) == 1
     best = max(result["probes"], key=lambda r: r["best"])
     assert result["lr"] == result["runs"][0]["lr"] == best["lr"]
@@ -463,7 +464,9 @@ def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         seeds.run_seed(cell, first, 3, run.Effort(), tmp_path / "cut", killed)
-    assert [p.name for p in (tmp_path / "cut" / "seeds").iterdir()] == ["c+3.pt"]
+    (checkpoint,) = (tmp_path / "cut" / "seeds").iterdir()
+    assert checkpoint.name == "c+3.pt"
+    torch.save(torch.load(checkpoint) | {"seconds": 1000.0}, checkpoint)
     numbers = []
     seeds.run_seed(
         cell, first, 3, run.Effort(), tmp_path / "cut", lambda what, number, *args: numbers.append(number)
@@ -471,6 +474,7 @@ def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     (whole,), (cut,) = (seeds.read_seeds(tmp_path / f, "c", first) for f in ("whole", "cut"))
     assert numbers[0] == 2
     assert cut | {"seconds": 0} == whole | {"seconds": 0}
+    assert cut["seconds"] > 1000 > whole["seconds"] > 0
 
 
 def test_figure_1_shows_that_a_shared_start_makes_averaging_work():

@@ -219,11 +219,12 @@ def test_resumed_run_gives_the_numbers_of_the_uninterrupted_one(tmp_path):
     f = federation()
     whole = list(fed.federate(f, fed.State(start(f.task)), 6))[-1].state
     half = list(fed.federate(f, fed.State(start(f.task)), 3))[-1].state
-    fed.save(tmp_path / "c.pt", half, {"seed": 3})
+    fed.save(tmp_path / "c.pt", replace(half, seconds=1000.0), {"seed": 3})
     again = list(fed.federate(federation(), fed.resume(tmp_path / "c.pt", {"seed": 3}), 6))[-1].state
     assert torch.equal(again.params, whole.params)
     assert again.history == whole.history
     assert [r.number for r in again.history] == [1, 2, 3, 4, 5, 6]
+    assert again.seconds > 1000 > whole.seconds > half.seconds > 0
 
 
 def test_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):

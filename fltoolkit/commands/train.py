@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ def _train(o: TrainOptions, federation: Federation, spy: Spy, folder: Path, budg
     if o.resume and checkpoint.exists():
         state = fed.resume(checkpoint, config)
         memory = {k: v.to(o.device) for k, v in state.memory.items()}
-        state = fed.State(state.params.to(o.device), state.history, memory)
+        state = replace(state, params=state.params.to(o.device), memory=memory)
         budget.rounds += federation.events(state.history)
     bar = terminal.Bar("round", every=2.0, start=state.round, ends=True)
     log = RoundLog(folder, state.round)

@@ -85,7 +85,6 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         return shared
     parts = folder / f"{cell.id}.part"
     parts.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
 
     def train(index: int, cap: float, kind: str = "run", target: float = cell.target) -> Run:
         return _kept(parts / f"{kind}{index:+d}.json", cell, effort, index, cap, target, report)
@@ -113,7 +112,7 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
         "engine": _task(cell, effort, best.lr).engine_for(_data(cell.data).input_shape).name,
         "note": _data(cell.data).note,
         "command": document.command_line(),
-        "seconds": time.perf_counter() - begun,
+        "seconds": sum(r.seconds for r in (*runs, *probes)),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "versions": document.versions(),
     }
@@ -196,7 +195,7 @@ def train_at(
     if checkpoint.exists():
         state = fed.resume(checkpoint, config)
         state = replace(state, params=state.params.to(effort.device))
-    begun = saved = time.perf_counter()
+    saved = time.perf_counter()
     ended = "cap"
     try:
         for step in fed.federate(federation, state, most):
@@ -227,7 +226,7 @@ def train_at(
         best=corners[-1][1] if corners else 0.0,
         ended="target" if crossing is not None else ended,
         corners=corners,
-        seconds=time.perf_counter() - begun,
+        seconds=state.seconds,
     )
 
 

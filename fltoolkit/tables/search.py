@@ -43,7 +43,8 @@ class Run:
 
     corners: the best-so-far curve where it rises. rounds: rounds to the target, or None. ended: "target",
     "cap" (more rounds than `ran` could not have been better, or were not in the budget), "diverged" (a value
-    that is not finite, or a model that fell back to chance and stayed there) or "stalled".
+    that is not finite, or a model that fell back to chance and stayed there) or "stalled". seconds: of all
+    its rounds, those before an interruption too.
     """
 
     index: int

@@ -101,11 +101,13 @@ class Federation:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: parameters `[D]` after the rounds in `history`, and what defenses remember."""
+    """Where a run stands: parameters `[D]` after the rounds in `history`, the seconds that these took, and
+    what defenses remember."""
 
     params: Tensor
     history: tuple[RoundResult, ...] = field(default=())
     memory: Memory = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def round(self) -> int:
@@ -156,9 +158,10 @@ def federate(
         if outcome.number % federation.eval_every == 0 or outcome.number == rounds:
             test = evaluate(federation.task, params, federation.test)
         failed = tuple(f.client for f in outcome.failures)
-        state = State(params, (*state.history, RoundResult(outcome.number, test, failed)), outcome.memory)
-        now = time.perf_counter()
-        yield Progressed(state, outcome, now - begun)
+        history = (*state.history, RoundResult(outcome.number, test, failed))
+        seconds = time.perf_counter() - begun
+        state = State(params, history, outcome.memory, state.seconds + seconds)
+        yield Progressed(state, outcome, seconds)
         if test is not None and federation.target is not None and test.accuracy >= federation.target:
             return
         begun = time.perf_counter()
@@ -170,8 +173,8 @@ def save(path: Path, state: State, config: dict[str, Any]) -> None:
         (r.number, r.test and (r.test.correct, r.test.total, r.test.loss), r.failed) for r in state.history
     ]
     memory = {key: value.cpu() for key, value in state.memory.items()}
-    content = {"params": state.params.cpu(), "history": history, "memory": memory, "config": config}
-    write_atomic(path, lambda p: torch.save(content, p))
+    content = {"params": state.params.cpu(), "history": history, "memory": memory, "seconds": state.seconds}
+    write_atomic(path, lambda p: torch.save({**content, "config": config}, p))
 
 
 def resume(path: Path, config: dict[str, Any]) -> State:
@@ -182,7 +185,8 @@ def resume(path: Path, config: dict[str, Any]) -> State:
             RoundResult(n, test and Evaluation(*test), tuple(failed))
             for n, test, failed in content["history"]
         )
-        saved, params, memory = content["config"], content["params"], content["memory"]
+        saved = content["config"]
+        state = State(content["params"], history, content["memory"], content["seconds"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError) as e:
         raise InputError(f"checkpoint must be one that `train` wrote, got {str(path)!r}") from e
     for key in config:
@@ -190,4 +194,4 @@ def resume(path: Path, config: dict[str, Any]) -> State:
             raise InputError(
                 f"{key} must be {saved.get(key)!r} as in the checkpoint {str(path)!r}, got {config[key]!r}"
             )
-    return State(params, history, memory)
+    return state
