@@ -176,6 +176,62 @@ def test_killed_cell_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     assert cut["rounds"] == whole["rounds"]
 
 
+def killed_in_its_second_rate(cell, effort, folder):
+    rates = set()
+
+    def killer(what, *args):
+        rates.add(what)
+        if len(rates) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_cell(cell, effort, folder, killer)
+    return next((folder / "c.part").glob("*.json")).stem
+
+
+@pytest.fixture
+def begun(cell, tmp_path):
+    """The effort of a cell of which one probe is kept."""
+    effort = run.Effort(budget=9, resolution=1, probe=3)
+    assert killed_in_its_second_rate(cell, effort, tmp_path) == "probe-1"
+    return effort
+
+
+def test_a_kept_rate_that_reached_the_target_is_taken_at_a_larger_budget(cell, tmp_path):
+    effort = run.Effort(budget=30, resolution=1)
+    assert killed_in_its_second_rate(cell, effort, tmp_path) == "run-1"
+    ran = []
+    result = run.run_cell(cell, replace(effort, budget=40), tmp_path, lambda what, *_: ran.append(what))
+    assert {r["lr"]: r["ended"] for r in result["runs"]}[0.1] == "target"
+    assert "c lr 0.1 seed 0" not in ran
+
+
+@pytest.mark.parametrize(("changes", "again"), [({}, False), ({"probe": 5}, True), ({"probe": 2}, True)])
+def test_a_kept_rate_is_taken_where_a_new_run_would_be_the_same(cell, tmp_path, begun, changes, again):
+    probed = []
+    effort = replace(begun, **changes)
+    result = run.run_cell(cell, effort, tmp_path, lambda what, n, most, _: probed.append((what, most)))
+    assert (("c lr 0.1 seed 0", effort.probe) in probed) == again
+    assert {r["ran"] for r in result["probes"]} == {effort.probe}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 2}, r"lr must be 0.1 as in the checkpoint .*, got 0\.316"),
+        ({"precision": "bf16"}, r"precision must be 'float32' as in the checkpoint .*, got 'bf16'"),
+        ({"seed": 1}, "seed must be 0"),
+        ({"eval_every": 2}, "eval_every must be 1"),
+    ],
+)
+def test_a_kept_rate_of_another_configuration_is_refused(cell, tmp_path, begun, changes, message):
+    effort = replace(begun, start_lr=10**-0.5 if "resolution" in changes else 0.1, **changes)
+    with pytest.raises(InputError, match=message):
+        run.run_cell(cell, effort, tmp_path, silent)
+    with pytest.raises(InputError, match="C must be"):
+        run.run_cell(replace(cell, C=0.5), begun, tmp_path, silent)
+
+
 def test_cells_of_one_setting_share_a_run(cell, tmp_path):
     """The same setting in another table; a higher target that neither reaches; not one that was reached."""
     effort = run.Effort(budget=40, resolution=1)

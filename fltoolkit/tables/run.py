@@ -74,7 +74,8 @@ Report = Callable[[str, int, int, str], None]
 
 def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[str, Any]:
     """Run `cell`, or go on where an interrupted run stopped; writes FOLDER/ID.json when it is done and
-    returns what it holds. Finished learning rates are kept in FOLDER/ID.part."""
+    returns what it holds. Finished learning rates are kept in FOLDER/ID.part; raises
+    InputError where those there are of another effort than `effort`, budget and probe aside."""
     path = folder / f"{cell.id}.json"
     if path.exists():
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -166,21 +167,38 @@ def _same_run(cell: Cell, differs: set[str]) -> bool:
 def _kept(
     path: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
 ) -> Run:
-    """The run in `path`, or a new one that is then kept there."""
+    """The run in `path`, where it is what a new one would be, or a new one that is then kept there; raises
+    InputError where the one in `path` is of another configuration."""
+    config = _config(cell, effort, index)
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Run(**{**content, "corners": tuple((n, a) for n, a in content["corners"])})
+        fed.check_same(path, content["config"], config)
+        run = Run(**{**content["run"], "corners": tuple((n, a) for n, a in content["run"]["corners"])})
+        most = _most(effort, cap)
+        if run.ran == most or (run.ran < most and run.ended != "cap"):
+            return run
     run = train_at(path.with_suffix(".pt"), cell, effort, index, cap, target, report)
-    write_json(path, asdict(run))
+    write_json(path, {"config": config, "run": asdict(run)})
     path.with_suffix(".pt").unlink(missing_ok=True)
     return run
+
+
+def _config(cell: Cell, effort: Effort, index: int) -> dict[str, Any]:
+    """What two runs must share to be one."""
+    told = {"seed": effort.seed, "eval_every": effort.eval_every, "precision": effort.precision}
+    return {**cell.setting(), "lr": effort.lr(index), **told}
+
+
+def _most(effort: Effort, cap: float) -> int:
+    """Rounds after which a run ends."""
+    return int(min(effort.budget, cap if cap == inf else ceil(cap)))
 
 
 def train_at(
     checkpoint: Path, cell: Cell, effort: Effort, index: int, cap: float, target: float, report: Report
 ) -> Run:
     """Train at one learning rate to the target, `cap`, the budget, divergence or a standstill."""
-    lr, most = effort.lr(index), int(min(effort.budget, cap if cap == inf else ceil(cap)))
+    lr, most = effort.lr(index), _most(effort, cap)
     task = _task(cell, effort, lr)
     clients, data = _clients(cell, effort)
     assert data.test is not None
@@ -189,8 +207,7 @@ def train_at(
     federation = fed.Federation(
         task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
     )
-    told = {"seed": effort.seed, "eval_every": effort.eval_every, "precision": effort.precision}
-    config = {**cell.setting(), "lr": lr, **told}
+    config = _config(cell, effort, index)
     state = fed.State(task.layout.row(task.model).to(effort.device))
     if checkpoint.exists():
         state = fed.resume(checkpoint, config)

@@ -189,9 +189,14 @@ def resume(path: Path, config: dict[str, Any]) -> State:
         state = State(content["params"], history, content["memory"], content["seconds"])
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError) as e:
         raise InputError(f"checkpoint must be one that `train` wrote, got {str(path)!r}") from e
+    check_same(path, saved, config)
+    return state
+
+
+def check_same(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises InputError where what was `saved` in `path` is of another configuration."""
     for key in config:
         if saved.get(key) != config[key]:
             raise InputError(
                 f"{key} must be {saved.get(key)!r} as in the checkpoint {str(path)!r}, got {config[key]!r}"
             )
-    return state
