@@ -506,7 +506,10 @@ def test_a_twin_of_another_precision_is_another_run(cell, tmp_path):
         assert ("shared_with" in twin) == shared
 
 
-def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
+@pytest.mark.parametrize("twin", [False, True])
+def test_killed_seed_goes_on_to_the_same_result_in_its_own_table_or_a_twins(
+    cell, tmp_path, monkeypatch, twin
+):
     monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
     cell = replace(cell, target=0.97)
     first = run.run_cell(cell, run.Effort(budget=40, resolution=1), tmp_path, silent)
@@ -524,9 +527,11 @@ def test_killed_seed_goes_on_to_the_same_result(cell, tmp_path, monkeypatch):
     assert checkpoint.name == "c+3.pt"
     torch.save(torch.load(checkpoint) | {"seconds": 1000.0}, checkpoint)
     numbers = []
-    seeds.run_seed(
-        cell, first, 3, run.Effort(), tmp_path / "cut", lambda what, number, *args: numbers.append(number)
+    goes_on, result = (
+        (replace(cell, id="d"), first | {"shared_with": "cut/c.json"}) if twin else (cell, first)
     )
+    folder = tmp_path / ("beside" if twin else "cut")
+    seeds.run_seed(goes_on, result, 3, run.Effort(), folder, lambda what, n, *args: numbers.append(n))
     (whole,), (cut,) = (seeds.read_seeds(tmp_path / f, "c", first) for f in ("whole", "cut"))
     assert numbers[0] == 2
     assert cut | {"seconds": 0} == whole | {"seconds": 0}

@@ -184,9 +184,10 @@ def _kept(
 
 
 def _config(cell: Cell, effort: Effort, index: int) -> dict[str, Any]:
-    """What two runs must share to be one."""
+    """What two runs must share to be one; cells of two tables may."""
     told = {"seed": effort.seed, "eval_every": effort.eval_every, "precision": effort.precision}
-    return {**cell.setting(), "lr": effort.lr(index), **told}
+    setting = {key: value for key, value in cell.setting().items() if key != "id"}
+    return {**setting, "lr": effort.lr(index), **told}
 
 
 def _most(effort: Effort, cap: float) -> int:
