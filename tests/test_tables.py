@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import inf
+from math import ceil, inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +231,29 @@ def test_a_kept_rate_of_another_configuration_is_refused(cell, tmp_path, begun, 
         run.run_cell(cell, effort, tmp_path, silent)
     with pytest.raises(InputError, match="C must be"):
         run.run_cell(replace(cell, C=0.5), begun, tmp_path, silent)
+
+
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "tables"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(COMMITTED.glob("*/*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_a_committed_cell_holds_the_runs_of_its_own_effort_and_no_others(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem == "figure1":
+        return
+    effort = run.Effort(**result["effort"])
+    for r in result["runs"] + result["probes"]:
+        assert r["lr"] == effort.lr(r["index"])
+    for r in result["probes"]:
+        assert r["ran"] == effort.probe or r["ended"] == "diverged"
+    for r in result["runs"]:
+        crossed = [n for n, accuracy in r["corners"] if accuracy >= result["cell"]["target"]]
+        assert len(crossed) == (r["rounds"] is not None)
+        assert all(n - effort.eval_every < r["rounds"] <= n == r["ran"] for n in crossed)
+        could_win = {effort.budget} | {ceil(o["rounds"]) for o in result["runs"] if o["rounds"] is not None}
+        assert r["ran"] in could_win if r["ended"] == "cap" else r["ran"] <= effort.budget
 
 
 def test_cells_of_one_setting_share_a_run(cell, tmp_path):
