@@ -216,6 +216,20 @@ def test_a_kept_rate_is_taken_where_a_new_run_would_be_the_same(cell, tmp_path, 
     assert {r["ran"] for r in result["probes"]} == {effort.probe}
 
 
+def test_a_checkpoint_beyond_a_smaller_budget_is_not_taken_up(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    effort = run.Effort(budget=30, resolution=1, probe=9)
+
+    def killer(what, number, *args):
+        if number == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_cell(cell, effort, tmp_path, killer)
+    result = run.run_cell(cell, replace(effort, probe=2), tmp_path, silent)
+    assert {r["ran"] for r in result["probes"]} == {2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

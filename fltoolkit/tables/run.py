@@ -211,8 +211,9 @@ def train_at(
     config = _config(cell, effort, index)
     state = fed.State(task.layout.row(task.model).to(effort.device))
     if checkpoint.exists():
-        state = fed.resume(checkpoint, config)
-        state = replace(state, params=state.params.to(effort.device))
+        kept = fed.resume(checkpoint, config)
+        if kept.round <= most:
+            state = replace(kept, params=kept.params.to(effort.device))
     saved = time.perf_counter()
     ended = "cap"
     try:
