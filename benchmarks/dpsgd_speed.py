@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from ctypes import CDLL
 from math import isnan
 from multiprocessing import get_context
 from pathlib import Path
@@ -95,6 +96,8 @@ def growth_mib(mode: str, case: Case, seed: int, threads: int) -> float:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", NOISE)
     step = MODES[mode](scene(case, seed))
+    with suppress(OSError, AttributeError):
+        CDLL(None).malloc_trim(0)  # pages that the allocator kept would take what a call adds unseen
     with suppress(OSError):
         RESET.write_text("5", encoding="ascii")  # the peak so far, of imports, is forgotten
     begin = status_mib("VmRSS")
