@@ -100,7 +100,7 @@ def test_a_target_is_judged_by_the_median(hooks, met):
 
 
 def test_memory_is_what_the_calls_add(monkeypatch):
-    """A mode that fills 64 MiB, in a process that had more than that before, of which the allocator keeps 128."""
+    """A mode that fills 64 MiB, in a process that had more before, of which the allocator keeps 128."""
 
     def filling(_):
         return lambda: torch.ones(16 << 20)

@@ -14,7 +14,7 @@ from fltoolkit.audit import Scene, run
 
 
 @cache
-def measure(*defenses, threat="server", clients=None, attack="idlg:restarts=2,steps=1200"):
+def measure(*defenses, threat="server", clients=None, attack="idlg:restarts=2,steps=900"):
     return run(Scene(attack=attack, defenses=defenses, threat=threat, clients=clients, seed=1)).report
 
 
@@ -36,7 +36,7 @@ def test_undefended_update_leaks_its_image():
 
 
 def test_clipping_hurts_plain_dlg_but_epsilon_stays_infinite():
-    report = measure("clip:norm=0.5", attack="dlg:restarts=2,steps=1200")
+    report = measure("clip:norm=0.5", attack="dlg:restarts=2,steps=900")
     assert psnr(report) < 16
     assert undefended() - psnr(report) > 15
     assert report["epsilon"]["message"] is None
@@ -44,7 +44,7 @@ def test_clipping_hurts_plain_dlg_but_epsilon_stays_infinite():
 
 
 def test_clipping_does_not_stop_an_attack_that_knows_of_it():
-    report = measure("clip:norm=0.5", attack="idlg:adapt=true,restarts=2,steps=1200")
+    report = measure("clip:norm=0.5", attack="idlg:adapt=true,restarts=2,steps=900")
     assert psnr(report) > 30
     assert "blind to scale" in report["adaptations"][0]
 

@@ -53,9 +53,9 @@ class Lines:
 
     def before(self, states: Tensor) -> Tensor:
         """Of states `[n + rows, units]`, the start's first, those before each row's step."""
-        beyond = len(states) - self.n - self.rows
         if int(self.count[-1]) == self.n:
-            return states[: self.rows + beyond]
+            return states[: len(states) - self.n]
+        beyond = len(states) - self.n - self.rows
         earlier = torch.cat([torch.tensor([self.n]), self.count[:-1]])
         at = torch.arange(self.n, self.n + self.rows) - earlier.repeat_interleave(self.count)
         return states[F.pad(at, (0, beyond))]
