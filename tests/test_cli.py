@@ -104,7 +104,7 @@ def test_train_writes_curve_checkpoint_and_report_and_resumes(tmp_path, capsys, 
     assert resumed["accuracy"] == whole["accuracy"]
     assert [a["round"] for a in whole["accuracy"]] == [1, 2, 3, 4]
     assert cli.main([*flags, "--rounds", "5", "--out", "half", "--resume", "--lr", "0.3"]) == 2
-    assert "error: lr must be 0.5 as in the checkpoint" in capsys.readouterr().err
+    assert "error: lr must be 0.5 as in 'half/checkpoint.pt'" in capsys.readouterr().err
 
 
 def run_numbers(folder):

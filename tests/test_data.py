@@ -202,7 +202,10 @@ def test_folder_keeps_the_middle_square(tmp_path):
 def test_hidden_files_are_no_images(tmp_path):
     paint(tmp_path / "1.png", (0, 0, 0))
     (tmp_path / "._1.png").write_bytes(b"a resource fork")
-    assert len(load(f"folder:{tmp_path}").train) == 1
+    (tmp_path / ".thumbnails").mkdir()
+    paint(tmp_path / ".thumbnails" / "1.png", (9, 9, 9))
+    data = load(f"folder:{tmp_path}")
+    assert (len(data.train), float(data.train.x.max())) == (1, 0.0)
 
 
 def test_sixteen_bit_grey_keeps_its_tones(tmp_path):

@@ -6,17 +6,21 @@ import io
 import lzma
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset
 
 from fltoolkit.data import from_torch, load
 from fltoolkit.errors import InputError
+from fltoolkit.training.federation import State, federate
+from fltoolkit.training.recipe import Kitchen, Recipe
 
 HAVE = Path(os.environ.get("FLTOOLKIT_DATA", ""))
 GREY = np.arange(240, dtype=np.uint8).reshape(5, 3, 4, 4)
@@ -70,6 +74,32 @@ def test_own_tokens_are_left_as_ids_and_the_last_id_is_padding(tmp_path):
         load(write(tmp_path / "c.npz", x=x, y=y, num_classes=6))
     data = load(write(tmp_path / "d.npz", x=x, y=[1, 0], x_test=x + 1, y_test=[0, 0]))
     assert (data.num_classes, data.input_range) == (2, (0.0, 6.0))
+    with pytest.raises(InputError, match=r"y_test .* must hold a label, got none but -100"):
+        load(write(tmp_path / "e.npz", x=x, y=y, x_test=x[:1], y_test=np.full((1, 3), -100)))
+
+
+def labels_of_lines(shape, classes):
+    """Classes of whole lines of ten tokens."""
+    return nn.Sequential(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(4 * shape[0], classes))
+
+
+def test_lines_of_tokens_with_a_class_each_are_trained(tmp_path):
+    x = np.random.default_rng(0).integers(0, 5, (40, 6)) + 5 * (np.arange(40) % 2)[:, None]
+    spec = write(tmp_path / "a.npz", x=x, y=np.arange(40) % 2, x_test=x[:10], y_test=np.arange(10) % 2)
+    recipe = Recipe(data=spec, model=f"{__name__}:labels_of_lines", clients=4, fraction=1.0, batch=2, lr=0.5)
+    federation = Kitchen(recipe).federation([])
+    start = State(federation.task.layout.row(federation.task.model))
+    *_, last = federate(federation, start, 4)
+    assert last.state.evaluated[-1][1].accuracy == 1.0
+    with pytest.raises(InputError, match=r"must give 2 logits an example, got output shape \(2, 6, 2\)"):
+        Kitchen(replace(recipe, model="charlstm")).federation([])
+
+
+def test_an_id_for_a_label_is_refused(tmp_path):
+    with pytest.raises(
+        InputError, match=r"greatest label .* must be an integer below 4194304, .*got 10{12}$"
+    ):
+        load(write(tmp_path / "a.npz", x=GREY, y=np.array([0, 1, 2, 3, 10**12])))
 
 
 NAN = np.where(np.arange(240).reshape(GREY.shape) == 7, np.nan, 1.0)
@@ -217,6 +247,7 @@ def test_torch_data_set_of_a_users_function(tmp_path, monkeypatch):
     for spec, message in (
         ("torch", "data must be 'torch:module:function', got 'torch'"),
         ("tensors", "data must be 'tensors:PATH', got 'tensors'"),
+        ("torch:./here:f", r"must name an importable module:function, got './here:f': "),
         ("torch:no_such:f", "must name an importable module:function, got 'no_such:f': No module"),
         ("torch:users_data", "must name an importable module:function, got 'users_data': "),
         ("torch:users_data:three", "got 'users_data:three': .* has no attribute 'three'"),

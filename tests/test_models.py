@@ -44,7 +44,8 @@ def make_nothing(shape, classes):
 def test_parameter_counts(name, shape, classes, parameters):
     model = built(name, shape, classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    models.check_fits(model, shape, classes, models.MODELS[name].reads == "tokens")
+    tokens = models.MODELS[name].reads == "tokens"
+    models.check_fits(model, shape, classes, tokens, each=tokens)
 
 
 @pytest.mark.parametrize("name", [n for n, m in models.MODELS.items() if m.reads == "values"])
@@ -69,9 +70,9 @@ def test_language_models_start_from_their_generator_alone_and_read_lines_only(na
     with pytest.raises(InputError, match=r"must get lines of token ids \[T\], got inputs \(1, 28, 28\)"):
         built(name)
     with pytest.raises(InputError, match=r"must give 21 logits a token, got output shape \(2, 6, 20\)"):
-        models.check_fits(first, (6,), 21, tokens=True)
+        models.check_fits(first, (6,), 21, tokens=True, each=True)
     with pytest.raises(InputError, match="model must accept token ids of shape"):
-        models.check_fits(built("2nn"), (6,), 10, tokens=True)
+        models.check_fits(built("2nn"), (6,), 10, tokens=True, each=True)
 
 
 def test_distorted_images_are_cut_mirrored_and_standardised():
@@ -125,6 +126,8 @@ def test_users_model_by_module_and_function():
     [
         ("lanet", r"unknown model 'lanet'; did you mean 'lenet'\? \(known: 2nn, charlstm, cifarcnn, cnn"),
         ("no.such.module:f", "model must name an importable module:function"),
+        ("./here:f", "model must name an importable module:function, got './here:f'"),
+        ("math:pi", "model 'math:pi' must be a function, got float"),
         ("test_models:nothing_here", "model must name an importable module:function"),
         ("test_models:make_nothing", "must return a torch.nn.Module, got NoneType"),
     ],

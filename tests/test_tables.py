@@ -14,8 +14,10 @@ import torch
 from fltoolkit.commands.table import TableOptions, run_table
 from fltoolkit.data.dataset import Dataset
 from fltoolkit.errors import InputError
+from fltoolkit.report.files import write_json
 from fltoolkit.tables import cells, figure1, run, search, seeds, show
 from fltoolkit.training.evaluate import Evaluation
+from fltoolkit.training.round import _Fold
 from fltoolkit.types import Examples
 
 
@@ -233,8 +235,8 @@ def test_a_checkpoint_beyond_a_smaller_budget_is_not_taken_up(cell, tmp_path, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution": 2}, r"lr must be 0.1 as in the checkpoint .*, got 0\.316"),
-        ({"precision": "bf16"}, r"precision must be 'float32' as in the checkpoint .*, got 'bf16'"),
+        ({"resolution": 2}, r"lr must be 0.1 as in .*, got 0\.316"),
+        ({"precision": "bf16"}, r"precision must be 'float32' as in .*, got 'bf16'"),
         ({"seed": 1}, "seed must be 0"),
         ({"eval_every": 2}, "eval_every must be 1"),
     ],
@@ -245,6 +247,76 @@ def test_a_kept_rate_of_another_configuration_is_refused(cell, tmp_path, begun, 
         run.run_cell(cell, effort, tmp_path, silent)
     with pytest.raises(InputError, match="C must be"):
         run.run_cell(replace(cell, C=0.5), begun, tmp_path, silent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "effort", "message"),
+    [
+        ({"data": "other"}, {}, "data must be 'easy' as in .*c.json', got 'other'"),
+        ({"buffer": 3}, {}, "buffer must be None as in .*c.json', got 3"),
+        ({}, {"seed": 1}, "seed must be 0 as in .*c.json', got 1"),
+    ],
+)
+def test_a_finished_cell_stands_for_its_own_setting_and_seed_alone(cell, tmp_path, changes, effort, message):
+    begun = run.Effort(budget=2, resolution=1, probe=1)
+    first = json.loads(json.dumps(run.run_cell(cell, begun, tmp_path, silent)))
+    assert run.run_cell(cell, replace(begun, budget=9, precision="bf16"), tmp_path, silent) == first
+    with pytest.raises(InputError, match=message):
+        run.run_cell(replace(cell, **changes), replace(begun, **effort), tmp_path, silent)
+
+
+def test_what_cannot_be_read_is_named(cell, tmp_path):
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(InputError, match=r"must be a readable JSON object, got '.*c\.json'"):
+        run.run_cell(cell, run.Effort(), tmp_path, silent)
+
+
+@pytest.mark.parametrize("lacking", ["test part", "fitting model"])
+def test_data_that_cannot_be_used_stops_before_anything_is_made(cell, tmp_path, monkeypatch, lacking):
+    data = easy_data()
+    if lacking == "test part":
+        monkeypatch.setattr(run, "load", lambda name: replace(data, test=None))
+        message = "data must have a test part, got 'easy', which has none"
+    else:
+        cell, message = replace(cell, model="charlstm"), "must get lines of token ids"
+    with pytest.raises(InputError, match=message):
+        run.run_cell(cell, run.Effort(), tmp_path, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_client_that_fails_for_want_of_memory_says_nothing_of_a_rate(cell, tmp_path, monkeypatch, every):
+    train = _Fold._rows
+
+    def full(self, members, examples):
+        if every or 0 in members:
+            raise MemoryError("no more")
+        return train(self, members, examples)
+
+    monkeypatch.setattr(_Fold, "_rows", full)
+    with pytest.raises(InputError, match=r"client \d must train, got MemoryError: no more"):
+        run.train_at(tmp_path / "x.pt", replace(cell, C=1.0), run.Effort(budget=3), 0, inf, 0.85, silent)
+
+
+@pytest.mark.parametrize(("lasting", "interior"), [(0, True), (-1, False)])
+def test_a_rate_is_at_the_edge_unless_its_neighbours_were_tried(
+    cell, tmp_path, monkeypatch, lasting, interior
+):
+    """Probes of -1, 0 and 1, of which 0 is best; where it diverges later, -1 is what is left."""
+
+    def trained(path, cell, effort, index, cap, target, report):
+        if path.stem.startswith("probe"):
+            return search.Run(
+                index, effort.lr(index), None, 3, 0.5 - abs(index) / 9 - index / 99, "cap", (), 0.0
+            )
+        ended, rounds = ("target", 9.0) if index == lasting else ("diverged", None)
+        return search.Run(index, effort.lr(index), rounds, 9, 0.9, ended, (), 0.0)
+
+    monkeypatch.setattr(run, "train_at", trained)
+    effort = run.Effort(budget=9, resolution=1, start_lr=1.0, probe=3)
+    result = run.run_cell(cell, effort, tmp_path, silent)
+    assert sorted(r["index"] for r in result["probes"]) == [-1, 0, 1]
+    assert (result["lr"], result["interior"]) == (effort.lr(lasting), interior)
 
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "tables"
@@ -288,6 +360,13 @@ def test_cells_of_one_setting_share_a_run(cell, tmp_path):
     high = run.run_cell(replace(cell, id="g", target=0.99), short, tmp_path / "b", silent)
     assert low["rounds"] is high["rounds"] is None
     assert high["shared_with"] == "b/f.json"
+    for which, result in (
+        (replace(cell, id="f", target=0.98), low),
+        (replace(cell, id="g", target=0.99), high),
+    ):
+        seeds.run_seed(which, result, 3, short, tmp_path / "b", silent)
+        (told,) = (json.loads(p.read_text()) for p in (tmp_path / "b" / "seeds").glob(f"{which.id}+3.json"))
+        assert told["cell"]["target"] == which.target
 
 
 def test_a_full_gradient_is_run_once_for_all_partitions(cell, tmp_path):
@@ -391,8 +470,9 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         corners = [[1, 0.5], [80, 0.97]]
         return {"rounds": rounds, "best": 0.97, "ran": rounds or 90, "effort": {}, "corners": corners}
 
-    def result(rounds, interior=True, seeds=(), budget=9999):
+    def result(rounds, interior=True, seeds=(), budget=9999, data="mnist-centred", buffer=None):
         return {
+            "cell": {"data": data} | ({} if buffer is None else {"buffer": buffer}),
             **{
                 "rounds": rounds,
                 "interior": interior,
@@ -410,8 +490,8 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
         "2nn-C0.2-B10-noniid": result(None),
         "2nn-C0.2-B10-iid": result(None, budget=116),
         "2nn-C0.2-Binf-iid": result(None, budget=1658),
-        "2nn-C0.0-Binf-iid": result(1400.0, budget=1450),
-        "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0)),
+        "2nn-C0.0-Binf-iid": result(1400.0, budget=1450, data="mnist"),
+        "2nn-C0.0-B10-noniid": result(2000.0, seeds=(4000.0, 1000.0), buffer=100),
         "2nn-C0.1-B10-noniid": result(500.0, seeds=(None, 2000.0)),
         "2nn-C1.0-B10-iid": result(70.0, seeds=(None, 70.0)),
     }
@@ -430,6 +510,9 @@ def test_printed_table_says_what_was_not_run_and_who_is_near(tmp_path):
     assert "[low, high]: the geometric mean" in text
     assert "2nn-C0.2-B10-noniid: not reached in 9999 rounds, 97.0% at best, paper 619." in text
     assert "2nn-C0.2-Binf-iid: not reached in 1658 rounds, 97.0% at best, paper 1658." in text
+    assert "Trained on mnist, not mnist-centred: 2nn-C0.0-Binf-iid." in text
+    assert "Shuffled through a buffer of 100: 2nn-C0.0-B10-noniid." in text
+    assert text.count("Trained on") == text.count("Shuffled through") == 1
     assert "1602.05629" in text
     diverged = {"rounds": None, "best": 0.0, "ran": 0, "effort": {}, "corners": []}
     results["2nn-C0.0-B10-iid"]["seeds"].append(diverged)
@@ -500,6 +583,31 @@ def test_command_runs_the_next_seeds(cell, tmp_path, monkeypatch, capsys):
         run_table("easy", replace(options, seeds=0))
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("nosuch", {}, "unknown table 'nosuch'"),
+        ("../escaped", {}, r"unknown table '\.\./escaped'"),
+        ("table3", {"cell": ("2nn",)}, "cells must match"),
+        ("table3", {"start_lr": inf}, "start_lr must be between 1e-9 and 1e9, got inf"),
+        ("figure1", {"data": "digits"}, "data must be left out for figure1, got 'digits'"),
+        ("figure1", {"cell": ("x",)}, "cell must be left out for figure1"),
+    ],
+)
+def test_command_makes_no_folder_for_what_it_refuses(tmp_path, monkeypatch, name, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run_table(name, TableOptions(**flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["table3", "figure1"])
+def test_showing_makes_no_folder(tmp_path, capsys, name):
+    run_table(name, TableOptions(show=True, out=str(tmp_path / "no")))
+    assert "not run" in capsys.readouterr().out
+    assert not (tmp_path / "no").exists()
+
+
 def test_command_trains_with_another_order_of_examples(cell, tmp_path, monkeypatch, capsys):
     by_label = replace(cell, partition="shards", buffer=2)
     monkeypatch.setattr(cells, "table", lambda name: cells.Table(name, "Title", "", (by_label,)))
@@ -568,6 +676,7 @@ def test_killed_seed_goes_on_to_the_same_result_in_its_own_table_or_a_twins(
     goes_on, result = (
         (replace(cell, id="d"), first | {"shared_with": "cut/c.json"}) if twin else (cell, first)
     )
+    write_json(tmp_path / "cut" / "c.json", first)
     folder = tmp_path / ("beside" if twin else "cut")
     seeds.run_seed(goes_on, result, 3, run.Effort(), folder, lambda what, n, *args: numbers.append(n))
     (whole,), (cut,) = (seeds.read_seeds(tmp_path / f, "c", first) for f in ("whole", "cut"))

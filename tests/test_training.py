@@ -230,7 +230,7 @@ def test_resumed_run_gives_the_numbers_of_the_uninterrupted_one(tmp_path):
 def test_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
     f = federation()
     fed.save(tmp_path / "c.pt", fed.State(start(f.task)), {"seed": 3})
-    with pytest.raises(InputError, match="seed must be 3 as in the checkpoint"):
+    with pytest.raises(InputError, match="seed must be 3 as in "):
         fed.resume(tmp_path / "c.pt", {"seed": 4})
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="checkpoint must be one that"):

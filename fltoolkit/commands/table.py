@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fltoolkit.options import flag
 
 if TYPE_CHECKING:
+    from fltoolkit.tables.cells import Cell
     from fltoolkit.tables.run import Effort
 
 TABLES = "table1-2nn, table1-cnn, table2-mnist, table2-shakespeare, table3 or figure1"
@@ -49,11 +50,13 @@ def run_table(name: str, o: TableOptions) -> int:
     from fltoolkit.tables.seeds import run_seed
 
     effort = _effort(o)
-    folder = output_folder(o.out or str(Path("runs") / "tables" / name), "table")
-    if name == figure1.NAME:
+    chosen = None if name == figure1.NAME else table(name)
+    cells = _only_its_own(o) if chosen is None else chosen.only(o.cell)
+    folder = Path(o.out or Path("runs") / "tables" / name)
+    folder = folder if o.show else output_folder(str(folder), "table")
+    if chosen is None:
         return figure1.run(folder, o.seed, o.device, o.show)
-    chosen = table(name)
-    for cell in () if o.show else chosen.only(o.cell):
+    for cell in () if o.show else cells:
         bars: dict[str, Bar] = {}
 
         def report(what: str, done: int, of: int, text: str, bars: dict[str, Bar] = bars) -> None:
@@ -74,12 +77,22 @@ def run_table(name: str, o: TableOptions) -> int:
     return 0
 
 
+def _only_its_own(o: TableOptions) -> tuple[Cell, ...]:
+    """No cells; InputError for a flag that says nothing to Figure 1."""
+    from fltoolkit.errors import InputError
+
+    for f in fields(o):
+        if f.name not in ("show", "seed", "device", "out") and getattr(o, f.name) != f.default:
+            raise InputError(f"{f.name} must be left out for figure1, got {getattr(o, f.name)!r}")
+    return ()
+
+
 def _effort(o: TableOptions) -> Effort:
     from fltoolkit.checks import check_device, check_precision
     from fltoolkit.errors import require
     from fltoolkit.tables.run import Effort
 
-    require(o.start_lr > 0, "start_lr", "> 0", o.start_lr)
+    require(1e-9 <= o.start_lr <= 1e9, "start_lr", "between 1e-9 and 1e9", o.start_lr)
     for name in ("resolution", "budget", "eval_every", "seeds"):
         require(getattr(o, name) >= 1, name, ">= 1", getattr(o, name))
     require(o.most >= 3, "most", ">= 3, to have a learning rate on each side of the best", o.most)

@@ -37,6 +37,10 @@ class Dataset:
         return not self.train.x.is_floating_point()
 
     @property
+    def labels_each_token(self) -> bool:
+        return self.train.y.dim() == 2
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.train.x.shape[1:])
 

@@ -24,7 +24,7 @@ def load_folder(path: str) -> Dataset:
     """
     root = Path(path).expanduser()
     try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and _images(p))
+        folders = sorted(p for p in _seen(root) if p.is_dir() and _images(p))
         flat = _images(root)
     except OSError as e:
         raise InputError(f"data folder must be readable, got {path!r}: {e.strerror}") from e
@@ -40,9 +40,12 @@ def load_folder(path: str) -> Dataset:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Hidden files are no images, whatever their names end in (macOS leaves `._name.png` beside copies)."""
-    files = (p for p in folder.iterdir() if not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in _seen(folder) if p.suffix.lower() in SUFFIXES)
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What is not hidden: systems leave previews of their own (`._name.png`, `.thumbnails`) beside images."""
+    return [p for p in folder.iterdir() if not p.name.startswith(".")]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

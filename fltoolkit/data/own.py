@@ -20,6 +20,9 @@ from fltoolkit.errors import InputError, require, unknown
 from fltoolkit.loss import IGNORE
 from fltoolkit.types import Examples
 
+MOST_CLASSES = 1 << 22
+"""A greater label is rather somebody's id or hash than a number from 0 on."""
+
 KEYS = ("x", "y", "client", "x_test", "y_test", "num_classes")
 
 
@@ -80,7 +83,7 @@ def load_torch(argument: str) -> Dataset:
     module, _, function = argument.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise InputError(f"data must name an importable module:function, got {argument!r}: {e}") from e
     if not callable(make):
         raise InputError(f"data {argument!r} must be a function, got {type(make).__name__}")
@@ -212,6 +215,8 @@ def _labels(where: str, values: Any) -> Tensor:
     if len(negative):
         or_none = f" (or {IGNORE} for no label)" if y.dim() == 2 else ""
         raise InputError(f"{where} must be >= 0{or_none}, got {int(negative.min())}")
+    if len(y) and bool((y == IGNORE).all()):
+        raise InputError(f"{where} must hold a label, got none but {IGNORE}")
     return y
 
 
@@ -221,6 +226,8 @@ def _classes(name: str, parts: Sequence[Examples], wanted: Any) -> int:
     if parts[0].y.dim() == 2:
         needed, why = max(needed, 1 + max(int(p.x.max()) for p in parts)), "so that the last id is padding"
         needed += any(bool(((p.x == needed - 1) & (p.y != IGNORE)).any()) for p in parts)
+    most = f"an integer below {MOST_CLASSES}, labels numbered from 0"
+    require(needed <= MOST_CLASSES, f"greatest label or token id of data {name!r}", most, needed - 1)
     if wanted is None:
         return needed
     try:

@@ -114,7 +114,7 @@ class Unbalanced:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.sigma < np.inf, "sigma", "a finite number >= 0", self.sigma)
+        require(0 <= self.sigma <= 100, "sigma", "between 0 and 100", self.sigma)
 
     def __call__(
         self, y: np.ndarray, clients: int | None, rng: np.random.Generator, ids: np.ndarray | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -100,7 +101,7 @@ def read_roles() -> tuple[Role, ...]:
         with zipfile.ZipFile(path) as plays:
             texts = {name: plays.read(name) for name in sorted(plays.namelist())}
         found = [Role(name, *role) for name, text in texts.items() for role in _speakers(text)]
-    except (OSError, zipfile.BadZipFile, ElementTree.ParseError) as e:
+    except (OSError, zipfile.BadZipFile, zlib.error, ElementTree.ParseError) as e:
         raise InputError(f"plays must be XML files in a zip archive, got {str(path)!r}: {e}") from e
     return tuple(r for r in found if len(r.lines) >= 2)
 

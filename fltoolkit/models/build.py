@@ -68,10 +68,14 @@ def build(name: str, input_shape: Shape, num_classes: int, rng: torch.Generator)
     return model
 
 
-def check_fits(model: nn.Module, input_shape: Shape, num_classes: int, tokens: bool = False) -> None:
+def check_fits(
+    model: nn.Module, input_shape: Shape, num_classes: int, tokens: bool = False, each: bool = False
+) -> None:
     """Raise InputError, naming what is wrong, unless `model` maps `[2, *input_shape]` to `[2, classes]`
-    (tokens: lines of ids `[2, T]` to `[2, T, classes]`) with finite trainable parameters. The model is left
-    as it was."""
+    with finite trainable parameters. The model is left as it was.
+
+    tokens: it is given ids, int64. each: it gives logits for every token, `[2, *input_shape, classes]`.
+    """
     layout = Layout.of(model)
     bad = layout.first_non_finite(layout.row(model))
     if bad is not None:
@@ -86,9 +90,9 @@ def check_fits(model: nn.Module, input_shape: Shape, num_classes: int, tokens: b
         what = "token ids" if tokens else "inputs"
         raise InputError(f"model must accept {what} of shape {tuple(input_shape)}, got: {first}") from e
     shape = tuple(getattr(logits, "shape", ()))
-    if shape != (2, *(input_shape if tokens else ()), num_classes):
-        each = "a token" if tokens else "an example"
-        raise InputError(f"model must give {num_classes} logits {each}, got output shape {shape} for 2")
+    if shape != (2, *(input_shape if each else ()), num_classes):
+        one = "a token" if each else "an example"
+        raise InputError(f"model must give {num_classes} logits {one}, got output shape {shape} for 2")
 
 
 @contextmanager
@@ -116,8 +120,10 @@ def _users(name: str, shape: Shape, classes: int, rng: torch.Generator) -> nn.Mo
     module, _, function = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise InputError(f"model must name an importable module:function, got {name!r}: {e}") from e
+    if not callable(factory):
+        raise InputError(f"model {name!r} must be a function, got {type(factory).__name__}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         model = factory(shape, classes)

@@ -48,7 +48,7 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
         trace = victims[v].found.trace.clamp_min(1e-20).numpy()
         axis.semilogy(np.arange(len(trace)), trace, color=ACCENT, alpha=0.75, linewidth=1.4)
     tidy(axis, "iteration", "matching loss")
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     save(figure, path)
 
 

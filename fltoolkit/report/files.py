@@ -35,6 +35,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     write_atomic(path, write)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; raises InputError where that cannot be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(f"result must be a readable JSON object, got {str(path)!r}: {e}") from e
+
+
 def output_folder(out: str | None, prefix: str) -> Path:
     """The folder `out`, or runs/<prefix>-<time>; made now, so that a bad path stops before work starts."""
     folder = Path(out) if out else Path("runs") / f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -50,7 +50,7 @@ def partition_figure(path: Path, sizes: np.ndarray, counts: np.ndarray | None, t
         _classes(main, counts)
         figure.align_ylabels((bars, main))
         (_bubbles if few else _heat)(figure, main, key, counts)
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     save(figure, path)
 
 

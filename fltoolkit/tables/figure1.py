@@ -21,7 +21,7 @@ from fltoolkit.defense import DefenseStack
 from fltoolkit.loss import cross_entropy
 from fltoolkit.metrics.interval import mean_interval
 from fltoolkit.report import document, terminal
-from fltoolkit.report.files import write_json
+from fltoolkit.report.files import read_json, write_json
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.tables.cells import citation
 from fltoolkit.training.evaluate import evaluate
@@ -39,15 +39,13 @@ CASES = ("different initialisation", "shared initialisation")
 
 def run(folder: Path, seed: int, device: str, show_only: bool) -> int:
     """Make FOLDER/figure1.json and figure1.png where they are missing, and say what they show."""
-    import json
-
     path = folder / f"{NAME}.json"
     if not path.exists() and not show_only:
         write_json(path, compute(load("mnist"), seed, device))
     if not path.exists():
         print("not run")
         return 0
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path)
     draw(result, folder / f"{NAME}.png")
     print(render(result))
     print(f"figure: {folder / f'{NAME}.png'}")

@@ -21,14 +21,15 @@ from fltoolkit.defense import DefenseStack
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
 from fltoolkit.report import document
-from fltoolkit.report.files import write_json
+from fltoolkit.report.files import read_json, write_json
 from fltoolkit.rng import stream, torch_stream
 from fltoolkit.tables.cells import Cell
 from fltoolkit.tables.search import Run, improvements, rounds_to, search
 from fltoolkit.training import federation as fed
 from fltoolkit.training.clients import Dealt
+from fltoolkit.training.round import Failure, NobodyError
 from fltoolkit.training.task import Task
-from fltoolkit.types import LocalSpec
+from fltoolkit.types import Examples, LocalSpec
 
 SCHEMA = "fltoolkit.table-cell/1"
 SAVE_SECONDS = 30.0
@@ -74,11 +75,19 @@ Report = Callable[[str, int, int, str], None]
 
 def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[str, Any]:
     """Run `cell`, or go on where an interrupted run stopped; writes FOLDER/ID.json when it is done and
-    returns what it holds. Finished learning rates are kept in FOLDER/ID.part; raises
-    InputError where those there are of another effort than `effort`, budget and probe aside."""
+    returns what it holds, whatever its effort was. Finished learning rates are kept in FOLDER/ID.part.
+
+    Raises InputError where the result there is of another setting or seed, the learning rates there are of
+    another effort than `effort`, budget and probe aside, or the data does not fit the model or has no test
+    part.
+    """
     path = folder / f"{cell.id}.json"
     if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = read_json(path)
+        fed.check_same(path, {**found["cell"], "seed": found["effort"]["seed"]}, _setting(cell, effort))
+        return found
+    _task(cell, effort, effort.start_lr)
+    _clients(cell, effort)
     shared = _from_twin(cell, effort, folder)
     if shared is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +104,11 @@ def run_cell(cell: Cell, effort: Effort, folder: Path, report: Report) -> dict[s
     if effort.probe is None:
         runs, interior = search(train, start, effort.most)
     else:
-        probes, interior = search(
-            lambda i, _: train(i, float(effort.probe or 1), "probe", inf), start, effort.most
-        )
+        probes, _ = search(lambda i, _: train(i, float(effort.probe or 1), "probe", inf), start, effort.most)
         runs = _best_that_lasts(probes, lambda index: train(index, inf))
     best = min(runs, key=lambda r: r.order)
+    if probes:
+        interior = {best.index - 1, best.index + 1} <= {r.index for r in probes}
     result = {
         "schema": SCHEMA,
         "cell": cell.setting(),
@@ -171,7 +180,7 @@ def _kept(
     InputError where the one in `path` is of another configuration."""
     config = _config(cell, effort, index)
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         fed.check_same(path, content["config"], config)
         run = Run(**{**content["run"], "corners": tuple((n, a) for n, a in content["run"]["corners"])})
         most = _most(effort, cap)
@@ -185,9 +194,13 @@ def _kept(
 
 def _config(cell: Cell, effort: Effort, index: int) -> dict[str, Any]:
     """What two runs must share to be one; cells of two tables may."""
-    told = {"seed": effort.seed, "eval_every": effort.eval_every, "precision": effort.precision}
-    setting = {key: value for key, value in cell.setting().items() if key != "id"}
-    return {**setting, "lr": effort.lr(index), **told}
+    told = {"eval_every": effort.eval_every, "precision": effort.precision}
+    return {**_setting(cell, effort), "lr": effort.lr(index), **told}
+
+
+def _setting(cell: Cell, effort: Effort) -> dict[str, Any]:
+    """What two results must share to be of one cell."""
+    return {**{key: value for key, value in cell.setting().items() if key != "id"}, "seed": effort.seed}
 
 
 def _most(effort: Effort, cap: float) -> int:
@@ -201,13 +214,10 @@ def train_at(
     """Train at one learning rate to the target, `cap`, the budget, divergence or a standstill."""
     lr, most = effort.lr(index), _most(effort, cap)
     task = _task(cell, effort, lr)
-    clients, data = _clients(cell, effort)
-    assert data.test is not None
+    clients, test = _clients(cell, effort)
     reachable = target if target <= 1 else None
-    chance = _most_frequent(data.test.y)
-    federation = fed.Federation(
-        task, clients, data.test.to(effort.device), cell.C, effort.eval_every, reachable
-    )
+    chance = _most_frequent(test.y)
+    federation = fed.Federation(task, clients, test.to(effort.device), cell.C, effort.eval_every, reachable)
     config = _config(cell, effort, index)
     state = fed.State(task.layout.row(task.model).to(effort.device))
     if checkpoint.exists():
@@ -219,6 +229,7 @@ def train_at(
     try:
         for step in fed.federate(federation, state, most):
             state = step.state
+            _only_diverged(step.outcome.failures)
             at, best = _best(state)
             report(
                 f"{cell.id} lr {lr:.4g} seed {effort.seed}", state.round, most, f"best accuracy {best:.4f}"
@@ -232,7 +243,8 @@ def train_at(
             if time.perf_counter() - saved > SAVE_SECONDS:
                 fed.save(checkpoint, state, config)
                 saved = time.perf_counter()
-    except InputError:
+    except NobodyError as e:
+        _only_diverged(e.failures)
         ended = "diverged"
     curve = [(n, e.accuracy) for n, e in state.evaluated]
     crossing = rounds_to(curve, target)
@@ -247,6 +259,13 @@ def train_at(
         corners=corners,
         seconds=state.seconds,
     )
+
+
+def _only_diverged(failures: Sequence[Failure]) -> None:
+    """Raises InputError for a client that failed otherwise: that says nothing of a learning rate."""
+    for f in failures:
+        if not f.diverged:
+            raise InputError(f"client {f.client} {f.reason}")
 
 
 def _best(state: fed.State) -> tuple[int, float]:
@@ -273,16 +292,20 @@ def _data(name: str) -> Dataset:
 
 
 @cache
-def _clients(cell: Cell, effort: Effort) -> tuple[Dealt, Dataset]:
+def _clients(cell: Cell, effort: Effort) -> tuple[Dealt, Examples]:
+    """The clients and the test set."""
     data = _data(cell.data)
+    if data.test is None:
+        raise InputError(f"data must have a test part, got {cell.data!r}, which has none")
     rng = stream(effort.seed, "partition", cell.partition)
     parts = partition(cell.partition, data.train.y.numpy(), cell.clients, rng, data.client_ids)
-    return Dealt(data.train.to(effort.device), parts), data
+    return Dealt(data.train.to(effort.device), parts), data.test
 
 
 def _task(cell: Cell, effort: Effort, lr: float) -> Task:
     data = _data(cell.data)
     rng = torch_stream(effort.seed, "model")
     model = models.build(cell.model, data.input_shape, data.num_classes, rng).to(torch.device(effort.device))
+    models.check_fits(model, data.input_shape, data.num_classes, data.tokens, data.labels_each_token)
     local = LocalSpec(cell.E, cell.B, lr, buffer=cell.buffer, precision=effort.precision)
     return Task(model, cross_entropy, local, DefenseStack([]), effort.seed, stop_on_failure=False)

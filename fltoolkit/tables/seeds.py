@@ -5,7 +5,6 @@ A seed draws the initial model, the partition, the cohorts and the order of exam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp, inf, log
@@ -16,7 +15,7 @@ import torch
 
 from fltoolkit.metrics.interval import mean_interval
 from fltoolkit.report import document
-from fltoolkit.report.files import write_json
+from fltoolkit.report.files import read_json, write_json
 from fltoolkit.tables.cells import Cell
 from fltoolkit.tables.run import Effort, Report, train_at
 
@@ -87,12 +86,16 @@ def run_seed(
 def read_seeds(folder: Path, cell_id: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs of the cell's other seeds, by seed."""
     stem = _stem(folder, cell_id, result)
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in stem.parent.glob(f"{stem.name}+*.json")]
+    found = [read_json(p) for p in stem.parent.glob(f"{stem.name}+*.json")]
     return [f["run"] | {"effort": f["effort"]} for f in sorted(found, key=lambda f: int(f["effort"]["seed"]))]
 
 
 def _stem(folder: Path, cell_id: str, result: Mapping[str, Any]) -> Path:
-    """Where the seeds of a cell lie, less the seed: with the cell that it shares its run with, if any."""
-    shared = result.get("shared_with")
-    home = folder / f"{cell_id}.json" if shared is None else folder.parent / shared
+    """Where the seeds of a cell lie, less the seed: with the cell that it shares its run with, if any, and if
+    that has the same target. Neither may have reached its own, but another seed can."""
+    home = folder / f"{cell_id}.json"
+    if "shared_with" in result:
+        twin = folder.parent / result["shared_with"]
+        if twin.exists() and read_json(twin)["cell"]["target"] == result["cell"]["target"]:
+            home = twin
     return home.parent / "seeds" / home.stem

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fltoolkit.report import terminal
+from fltoolkit.report.files import read_json
 from fltoolkit.tables.cells import Cell, Table, citation
 from fltoolkit.tables.seeds import Estimate, read_seeds
 
@@ -28,7 +28,7 @@ def read_results(table: Table, folder: Path) -> Results:
     for cell in table.cells:
         path = folder / f"{cell.id}.json"
         if path.exists():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
             found[cell.id] = {**result, "seeds": read_seeds(folder, cell.id, result)}
     return found
 
@@ -131,6 +131,7 @@ def _remarks(table: Table, results: Results) -> list[str]:
         lines.append("* the best learning rate found lies at the edge of those tried.")
     if any(r["probes"] for r in results.values()):
         lines.append("Some cells ran at one learning rate only, chosen by a short probe recorded with them.")
+    lines += _elsewhere(table, results)
     short = [i for i, r in results.items() if any(_is_short(s) for s in (r, *r["seeds"]))]
     if short:
         lines.append(f"Products of numbers in bfloat16, of a seed at least: {', '.join(short)}.")
@@ -145,6 +146,19 @@ def _remarks(table: Table, results: Results) -> list[str]:
     ]
     lines += sorted({r["note"] for r in results.values() if r["note"]})
     return lines
+
+
+def _elsewhere(table: Table, results: Results) -> list[str]:
+    """What was trained on other data than the table's, or shuffled otherwise."""
+    named: dict[str, list[str]] = {}
+    for cell in table.cells:
+        told = results[cell.id]["cell"] if cell.id in results else cell.setting()
+        if told["data"] != cell.data:
+            named.setdefault(f"Trained on {told['data']}, not {cell.data}", []).append(cell.id)
+        if told.get("buffer") != cell.buffer:
+            buffer = told.get("buffer") or "all examples"
+            named.setdefault(f"Shuffled through a buffer of {buffer}", []).append(cell.id)
+    return [f"{what}: {', '.join(ids)}." for what, ids in named.items()]
 
 
 def _is_short(run: Mapping[str, Any]) -> bool:

@@ -69,7 +69,6 @@ class Federation:
         require(self.eval_every >= 1, "eval_every", ">= 1", self.eval_every)
         good = self.target is None or 0 < self.target <= 1
         require(good, "target", "an accuracy above 0 and at most 1", self.target)
-
         require(self.sampling in KINDS, "sampling", f"one of {KINDS}", self.sampling)
 
     def cohort(self, number: int) -> list[int]:
@@ -197,6 +196,4 @@ def check_same(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> Non
     """Raises InputError where what was `saved` in `path` is of another configuration."""
     for key in config:
         if saved.get(key) != config[key]:
-            raise InputError(
-                f"{key} must be {saved.get(key)!r} as in the checkpoint {str(path)!r}, got {config[key]!r}"
-            )
+            raise InputError(f"{key} must be {saved.get(key)!r} as in {str(path)!r}, got {config[key]!r}")

@@ -102,7 +102,8 @@ class Kitchen:
         r, data = self.recipe, self.data
         named = registry.make_stack(defenses).all
         model = registry.make_stack(named).model(self.plain, data.input_shape).to(r.device)
-        models.check_fits(model, data.input_shape, data.num_classes, data.tokens)
+        each = data.labels_each_token
+        models.check_fits(model, data.input_shape, data.num_classes, data.tokens, each)
         task = Task(
             model,
             cross_entropy,

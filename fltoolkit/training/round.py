@@ -24,6 +24,7 @@ Memory = Mapping[tuple[Key, ...], Tensor]
 EVERYBODY = Sampling()
 NOTHING: Memory = MappingProxyType({})
 
+FINITE = "must be finite"
 CHUNK_BYTES = 256 << 20
 """Rows of a cohort that are in memory at once, unless somebody must see them all."""
 
@@ -34,6 +35,20 @@ class Failure:
 
     client: int
     reason: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its numbers left what floats can hold; otherwise its data or the program failed it."""
+        return self.reason.startswith(FINITE)
+
+
+class NobodyError(InputError):
+    """Every client of a round failed. failures: all of them."""
+
+    def __init__(self, number: int, failures: Sequence[Failure]) -> None:
+        reasons = "; ".join(f"client {f.client} {f.reason}" for f in failures[:3])
+        super().__init__(f"round {number} must have a client that succeeds, got: {reasons}")
+        self.failures = tuple(failures)
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ def run_round(
     instead, every client counts alike, and it may be empty. memory: what defenses kept of earlier rounds.
     Those who drop out of a secure sum are left out of the round's mean; where it is given up, the aggregate
     is zero, nobody is in it, and its events are still those of all. meddling: what a malicious server does.
-    Raises InputError where the task says to stop on failure, and where every client failed.
+    Raises InputError where the task says to stop on failure, NobodyError where every client failed.
     """
     if sampling == EVERYBODY:  # those who drop out later were counted on
         sampling = replace(sampling, population=len(cohort))
@@ -140,8 +155,7 @@ class _Fold:
 
     def close(self) -> Outcome:
         if not self.clients and (self.failures or self.sampling.kind != "poisson"):
-            reasons = "; ".join(f"client {f.client} {f.reason}" for f in self.failures[:3])
-            raise InputError(f"round {self.number} must have a client that succeeds, got: {reasons}")
+            raise NobodyError(self.number, self.failures)
         messages = torch.cat(self.messages) if self.keep and self.messages else None
         ctx = self._context(self.clients, self.sizes)
         events = round_events(self.task, ctx, self.sizes)
@@ -270,7 +284,7 @@ class _Fold:
         for k in (~finite).nonzero()[:, 0].tolist():
             layer = self.task.layout.first_non_finite(rows[k])
             where = f"NaN or infinity in layer {layer!r}" if layer else "a norm that overflows"
-            self.failures.append(Failure(members[k], f"must be finite, got {where}"))
+            self.failures.append(Failure(members[k], f"{FINITE}, got {where}"))
         if finite.all():
             return members, rows
         return [c for c, good in zip(members, finite.tolist(), strict=True) if good], rows[finite]
