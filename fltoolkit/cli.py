@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from fltoolkit.commands.audit import AuditOptions, run_audit
@@ -24,6 +25,7 @@ from fltoolkit.specs import options_of
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m fltoolkit`; returns the exit code."""
+    _survive_any_character()
     parser = argparse.ArgumentParser("python -m fltoolkit", description=_ABOUT)
     commands = parser.add_subparsers(dest="command", required=True)
     audit = commands.add_parser("audit", help="attack one scene and measure the leak")
@@ -96,11 +98,19 @@ def attack_main(name: str, argv: Sequence[str] | None = None) -> NoReturn:
     """`python -m attacks.NAME`: the audit with that attack."""
     from fltoolkit import registry
 
+    _survive_any_character()
     about = registry.describe(registry.attack_class(name))
     parser = argparse.ArgumentParser(f"python -m attacks.{name}", description=f"{about}.")
     add_options(parser, AuditOptions, options_of(registry.attack_class(name)))
     parsed = parser.parse_args(argv)
     sys.exit(guarded(lambda: run_audit(name, read_options(AuditOptions, parsed))))
+
+
+def _survive_any_character() -> None:
+    """η or ε to an output that has no such letter, as files on Windows, becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def guarded(command: Callable[[], int]) -> int:

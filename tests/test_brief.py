@@ -138,7 +138,7 @@ def test_numbers_that_stay_rounded_between_layers_are_the_same():
     for stays in (True, False):
         net = chain()
         net[4] = nn.ReLU()
-        brief.shorten(net, {"0", "3", "6"}, brief.FROM)
+        brief.shorten(net, {"", "0", "3", "6"}, brief.FROM)
         layers = [m for m in net.modules() if isinstance(m, brief._Brief)]
         assert [m.stays for m in layers] == [True, True, False, False], "a Tanh comes after the third"
         for layer in layers:
@@ -151,7 +151,13 @@ def test_numbers_that_stay_rounded_between_layers_are_the_same():
 
 def test_a_layer_called_twice_gives_float32():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    brief.shorten(net, {"2"}, brief.FROM)
+    brief.shorten(net, {"", "2"}, brief.FROM)
+    assert net[0](torch.ones(2, 4)).dtype == torch.float32
+
+
+def test_layers_of_a_list_give_float32():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    brief.shorten(net, {"0", "1", "2"}, brief.FROM)
     assert net[0](torch.ones(2, 4)).dtype == torch.float32
 
 
@@ -160,7 +166,7 @@ def test_layers_compute_what_rounding_before_each_product_gives(kernels, monkeyp
     if not kernels:
         monkeypatch.setattr(native, "library", lambda: None)
     fast, slow, data = chain(), Slow(chain()), examples(40)
-    brief.shorten(fast, {"0"}, brief.FROM)
+    brief.shorten(fast, {"", "0", "1", "2"}, brief.FROM)
     assert isinstance(fast[1], nn.Identity)
     x, twin = data.x.clone().requires_grad_(), data.x.clone().requires_grad_()
     y, expected = fast(x), slow(twin)

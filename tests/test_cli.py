@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import jsonschema
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fltoolkit import cli
 from fltoolkit.accounting import gaussian_epsilon
@@ -105,6 +107,54 @@ def test_train_writes_curve_checkpoint_and_report_and_resumes(tmp_path, capsys, 
     assert [a["round"] for a in whole["accuracy"]] == [1, 2, 3, 4]
     assert cli.main([*flags, "--rounds", "5", "--out", "half", "--resume", "--lr", "0.3"]) == 2
     assert "error: lr must be 0.5 as in 'half/checkpoint.pt'" in capsys.readouterr().err
+
+
+def test_a_resumed_run_tells_of_every_look(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["train", "--clients", "20", "--batch", "1", "--epochs", "1", "--model", "softmax", "--json"]
+    flags += ["--attack", "idlg:steps=3,restarts=1", "--attack-every", "2"]
+
+    def run(out, rounds, *more):
+        assert cli.main([*flags, "--rounds", rounds, "--out", out, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = run("whole", "6")
+    assert [look["round"] for look in whole["leakage"]] == [1, 3, 5]
+    run("half", "4")
+    shutil.copy("whole/looks.pt", "half")  # as where a run dies before the checkpoint that it goes with
+    assert run("half", "6", "--resume")["leakage"] == whole["leakage"]
+    assert [look["round"] for look in run("half", "6", "--resume", "--threat", "server")["leakage"]] == [
+        1,
+        3,
+        5,
+    ]
+    other = run("half", "7", "--resume", "--attack", "idlg:steps=2,restarts=1")
+    assert [look["round"] for look in other["leakage"]] == [7]
+
+
+def test_what_an_output_cannot_write_is_no_error(tmp_path):
+    told = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fltoolkit", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=told, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "learning rate ?" in done.stdout
+
+
+def test_statistics_that_nobody_averages_are_warned_of(tmp_path, capsys):
+    flags = ["train", "--rounds", "1", "--epochs", "1", "--out", str(tmp_path), "--model"]
+    assert cli.main([*flags, f"{__name__}:normed"]) == 0
+    assert "warning: FedAvg averages parameters alone" in capsys.readouterr().err
+    assert cli.main([*flags, "softmax"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def normed(shape, classes):
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * (shape[1] - 2) ** 2, classes),
+    )
 
 
 def run_numbers(folder):

@@ -17,7 +17,7 @@ from fltoolkit.errors import InputError
 from fltoolkit.loss import IGNORE, cross_entropy
 from fltoolkit.models.text import LanguageModel, PeepholeLstm
 from fltoolkit.training.engines import ENGINES, choose, graphed, looped
-from fltoolkit.training.engines.base import visiting
+from fltoolkit.training.engines.base import draws, visiting
 from fltoolkit.training.engines.fused import _DescendingLinear
 from fltoolkit.types import Examples, Layout, LocalSpec
 
@@ -80,6 +80,20 @@ class TwiceUsed(nn.Module):
         return self.out(torch.tanh(self.twice(torch.tanh(self.twice(h)))))
 
 
+class Listed(nn.Module):
+    """Its Sequential is a mere list, of whose second layer somebody wants the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x):
+        high = self.layers[:2](x)
+        low = self.layers[2](high)
+        return self.out(torch.cat([high.mean((2, 3)), low.amax((2, 3))], 1))
+
+
 def builders():
     def named(name, shape):
         return lambda: models.build(name, shape, 4, torch.Generator().manual_seed(1)), shape
@@ -101,6 +115,11 @@ def builders():
             nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, 4)
         )
     )
+    normed = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4)
+        )
+    )
     return {
         "2nn": named("2nn", (1, 3, 3)),
         "mlp": named("mlp", (1, 3, 3)),
@@ -109,6 +128,8 @@ def builders():
         "cnn": named("cnn", (1, 8, 8)),
         "lenet": named("lenet", (3, 8, 8)),
         "grouped": (grouped, (2, 4, 4)),
+        "normed": (normed, (2, 4, 4)),
+        "listed": (seeded(Listed), (1, 8, 8)),
         "twice": (seeded(TwiceUsed), (9,)),
     }
 
@@ -338,6 +359,15 @@ def test_a_cohort_leaves_no_copy_of_the_model_behind():
     finally:
         gc.enable()
     assert left == []
+
+
+def test_dropout_inside_larger_layers_is_seen():
+    for make in (nn.LSTM, nn.GRU, nn.RNN):
+        assert draws(make(4, 4, num_layers=2, dropout=0.1))
+        assert not draws(make(4, 4, num_layers=2))
+        assert not draws(make(4, 4, num_layers=2, dropout=0.1).eval())
+    assert draws(nn.MultiheadAttention(4, 2, dropout=0.1))
+    assert not draws(nn.MultiheadAttention(4, 2))
 
 
 def test_programs_over_clients_refuse_what_draws_random_numbers():

@@ -214,7 +214,7 @@ def test_a_convolution_with_its_pooling_is_that_of_torch(channels, kernel, paddi
     found = []
     for joined in (False, True):
         if joined:
-            join_with_pool(chain, {"0"})
+            join_with_pool(chain, {"", "0", "1", "2"})
             assert isinstance(chain[0], PooledConv2d)
         y = chain(x)
         weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)
@@ -233,15 +233,20 @@ def test_of_equal_maxima_the_first_has_the_gradient_and_zero_has_none():
 
 
 @compiled
-def test_nan_is_not_pooled_away():
-    y, _ = native.relu_pool(torch.full((1, 17, 2, 2), float("nan")).contiguous(**CHANNELS_LAST))
+@pytest.mark.parametrize("places", [[0], [1], [2], [3], [0, 1, 2, 3]])
+def test_nan_is_not_pooled_away(places):
+    """In a vector of channels and in what is left of one."""
+    z = torch.ones(1, 17, 2, 2)
+    z.view(17, 4)[:, places] = torch.nan
+    y, which = native.relu_pool(z.contiguous(**CHANNELS_LAST))
     assert y.isnan().all()
+    assert (which == 4).all()
 
 
 def test_only_what_the_kernel_computes_is_joined():
     def chain(conv, pool, relu=None):
         layers = nn.Sequential(conv, relu or nn.ReLU(), pool)
-        join_with_pool(layers, {"0"})
+        join_with_pool(layers, {"", "0", "1", "2"})
         return type(layers[0])
 
     plain, half = nn.Conv2d(2, 2, 3), nn.MaxPool2d(2)
@@ -257,9 +262,10 @@ def test_only_what_the_kernel_computes_is_joined():
     for pool in (nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.AvgPool2d(2)):
         assert chain(nn.Conv2d(2, 2, 3), pool) is nn.Conv2d
     assert chain(nn.Conv2d(2, 2, 3), half, nn.Tanh()) is nn.Conv2d
-    unnamed = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), half)
-    join_with_pool(unnamed, {"1"})
-    assert type(unnamed[0]) is nn.Conv2d
+    for left_out in ("", "0", "1", "2"):
+        layers = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), half)
+        join_with_pool(layers, {"", "0", "1", "2"} - {left_out})
+        assert type(layers[0]) is nn.Conv2d
 
 
 def cohort(shape=(1, 8, 8)):
@@ -288,7 +294,9 @@ def test_an_engine_says_why_it_cannot_have_kernels(monkeypatch):
     with pytest.raises(InputError, match="not float32 on a CPU"):
         choose(net.double(), cross_entropy, (4,), "compiled")
     monkeypatch.setattr(native, "library", lambda: None)
-    with pytest.raises(InputError, match="no C compiler, or FLTOOLKIT_NATIVE is 0"):
+    with pytest.raises(
+        InputError, match="no C compiler that can build its kernels, or FLTOOLKIT_NATIVE is 0"
+    ):
         choose(net.float(), cross_entropy, (4,), "compiled")
 
 

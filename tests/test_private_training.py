@@ -122,6 +122,12 @@ def test_empty_batches_still_get_noise_and_are_counted():
     steps = list(batches(example_context(t, 1, 0, 2), stream(3, "round", 1, "client", 0, "batches")))
     assert outcome.empty_batches == sum(len(b) == 0 for b in steps)
     assert 20 < outcome.empty_batches < 80
+    bad = tiny_examples(2)
+    bad = replace(bad, y=bad.y + 99)
+    among = replace(t, stop_on_failure=False)
+    assert (
+        run_round(among, start(t), [0, 1], [tiny_examples(2), bad], 1).empty_batches == outcome.empty_batches
+    )
     silent = task([Clip(norm=1e-9, level="example"), DPSGD[1]], LocalSpec(100, 1, 0.1))
     assert float(run_round(silent, start(silent), [0], [tiny_examples(2)], 1).norms[0]) > 0
 
@@ -183,6 +189,38 @@ def test_epsilon_asked_for_is_met_and_not_exceeded(tmp_path, capsys):
     assert report["epsilon"]["message"] is None
     sigma = report["defenses"][1]["noise_multiplier"]
     assert gaussian_epsilon(sigma, 1, 3, 1e-5) == pytest.approx(report["epsilon"]["aggregate"], rel=1e-3)
+
+
+def test_noise_for_an_epsilon_stays_that_of_its_rounds(tmp_path, capsys):
+    """Rounds that were run under less noise than more of them call for would cost more than was asked."""
+    asked = [*CENTRAL[:2], "--defense", "gaussian", "--epsilon", "4", "--resume"]
+    whole = train(capsys, tmp_path, "--rounds", "3", *asked)[1]
+    assert train(capsys, tmp_path, "--rounds", "3", *asked)[1]["epsilon"] == whole["epsilon"]
+    for more, words in (
+        (["--rounds", "9"], "rounds must be 3"),
+        (["--delta", "1e-3"], "delta must be 1e-05"),
+    ):
+        code, _, err = train(capsys, tmp_path, "--rounds", "3", *asked, *more)
+        assert code == 2
+        assert words in err
+
+
+def test_a_budget_may_begin_with_a_round_of_nobody(tmp_path, capsys):
+    extra = ["--rounds", "9", "--sampling", "poisson", "--fraction", "0.02", "--seed", "1"]
+    defenses = ["--defense", "clip:norm=0.5,level=example", "--defense", "gaussian:level=example"]
+    code, report, err = train(capsys, tmp_path, *extra, *defenses, "--epsilon-budget", "50")
+    assert code == 0, err
+    lines = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["clients"] == []
+    assert 0 < report["epsilon"]["example"]["aggregate"] < 50
+
+
+def test_a_budget_that_ends_before_an_evaluation_was_due_has_one(tmp_path, capsys):
+    extra = ["--rounds", "9", *CENTRAL, "--epsilon-budget", "9", "--eval-every", "8"]
+    code, report, _ = train(capsys, tmp_path, *extra)
+    assert code == 0
+    assert [a["round"] for a in report["accuracy"]] == [report["rounds"]]
+    assert report["rounds"] < 8
 
 
 def test_budget_ends_the_run_before_the_round_that_would_exceed_it(tmp_path, capsys):

@@ -23,6 +23,7 @@ from fltoolkit.rng import stream
 from fltoolkit.training import federation as fed
 from fltoolkit.training import round as rounds
 from fltoolkit.training import task as tasks
+from fltoolkit.training.budget import Budget
 from fltoolkit.training.clients import Dealt
 from fltoolkit.training.engines import choose
 from fltoolkit.training.evaluate import Evaluation, evaluate
@@ -235,12 +236,32 @@ def test_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="checkpoint must be one that"):
         fed.resume(tmp_path / "broken.pt", {})
+    for content in ({"config": 3}, {"history": [()]}, {"history": 3}):
+        torch.save(torch.load(tmp_path / "c.pt") | content, tmp_path / "broken.pt")
+        with pytest.raises(InputError, match="checkpoint must be one that"):
+            fed.resume(tmp_path / "broken.pt", {"seed": 3})
 
 
 def test_evaluation_every_few_rounds_and_after_the_last():
     f = federation(3)
     state = list(fed.federate(f, fed.State(start(f.task)), 7))[-1].state
     assert [n for n, _ in state.evaluated] == [3, 6, 7]
+
+
+def test_the_round_before_the_budget_ends_is_evaluated():
+    private = task(LocalSpec(1, 2, 0.1), [Clip(norm=1.0), Gaussian(noise_multiplier=2.0)])
+    f = replace(federation(50), task=private)
+    budget = Budget(messages_hidden=False, delta=1e-5)
+    costs = [budget.largest(budget.spent([f.events_of(n) for n in range(1, k + 1)])) for k in (1, 2, 3, 4)]
+    budget.limit = (costs[2] + costs[3]) / 2
+    state = list(fed.federate(f, fed.State(start(private)), 20, budget=budget))[-1].state
+    assert state.round == 3
+    assert [n for n, _ in state.evaluated] == [3]
+
+
+def test_a_poisson_cohort_of_nobody_ever_is_refused():
+    with pytest.raises(InputError, match="fraction must be above 0 with sampling 'poisson', got 0"):
+        replace(federation(), fraction=0.0, sampling="poisson")
 
 
 def test_training_stops_at_the_target_and_a_finished_run_stays_finished():
@@ -293,9 +314,16 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     for step in fed.federate(f, fed.State(start(f.task)), 3):
         log(step)
     log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = [(e.step, e.value) for e in events.Scalars("round/accuracy")]
-    assert found == [(n, pytest.approx(t.accuracy)) for n, t in step.state.evaluated]
+
+    def read():
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(e.step, e.value) for e in events.Scalars("round/accuracy")]
+
+    assert read() == [(n, pytest.approx(t.accuracy)) for n, t in step.state.evaluated]
+    log = RoundLog(tmp_path, 0)  # another run in the same folder
+    log(next(fed.federate(f, fed.State(start(f.task)), 3)))
+    log.close()
+    assert [n for n, _ in read()] == [1]
 
 
 def test_accuracy_counts_what_an_argmax_counts(monkeypatch):

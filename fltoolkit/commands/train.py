@@ -23,7 +23,13 @@ NOT_THE_RUN = frozenset(
         *("checkpoint_every", "engine", "epsilon_budget"),
     }
 )
-"""Flags that may differ between a run and its resumption."""
+"""Flags that may differ between a run and its resumption; rounds and delta not where ε sets the noise."""
+
+LOOKS = "looks.pt"
+NORMS = (
+    "warning: FedAvg averages parameters alone here, so BatchNorm's running statistics, by which the test "
+    "set is normalised, stay as they began; GroupNorm has none"
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,12 @@ def run_train(o: TrainOptions) -> int:
     """Train, write the files, print accuracy per round. InputError where the flags are impossible."""
     from fltoolkit.commands.train_report import report_of, summary, write
     from fltoolkit.report.files import output_folder
+    from fltoolkit.training.buffers import norms_in_training
 
     _check(o)
     federation, data = _federation(o)
+    if norms_in_training(federation.task.model):
+        print(NORMS, file=sys.stderr)
     budget = _budget(o, federation)
     spy = _spy(o, federation, data)
     folder = output_folder(o.out, "train")
@@ -117,28 +126,36 @@ def _train(o: TrainOptions, federation: Federation, spy: Spy, folder: Path, budg
 
     checkpoint = folder / "checkpoint.pt"
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(o).items() if k not in NOT_THE_RUN}
+    if o.epsilon is not None:  # the noise is calibrated to these
+        config |= {"rounds": o.rounds, "delta": o.delta}
     state = fed.State(federation.task.layout.row(federation.task.model))
     if o.resume and checkpoint.exists():
         state = fed.resume(checkpoint, config)
         memory = {k: v.to(o.device) for k, v in state.memory.items()}
         state = replace(state, params=state.params.to(o.device), memory=memory)
         budget.rounds += federation.events(state.history)
+        spy.restore(folder / LOOKS, f"{o.attack} {o.threat}", state.round)
     bar = terminal.Bar("round", every=2.0, start=state.round, ends=True)
     log = RoundLog(folder, state.round)
     saved = state
+
+    def save() -> None:
+        spy.save(folder / LOOKS, f"{o.attack} {o.threat}")
+        fed.save(checkpoint, state, config)
+
     for step in fed.federate(federation, state, o.rounds, spy, budget):
         state = step.state
         log(step, by_round(budget))
         for f in step.outcome.failures:
             print(f"round {state.round}: left out: client {f.client} {f.reason}", file=sys.stderr)
         if state.round % o.checkpoint_every == 0:
-            fed.save(checkpoint, state, config)
+            save()
             saved = state
         bar(state.round, o.rounds, f"test accuracy {_last_accuracy(state)}")
     bar.close()
     log.close()
     if saved is not state:
-        fed.save(checkpoint, state, config)
+        save()
     return state
 
 
@@ -176,7 +193,8 @@ def _budget(o: TrainOptions, federation: Federation) -> Budget:
     from fltoolkit.training.budget import Budget
 
     budget = Budget(federation.task.stack.hides_messages, o.delta, o.epsilon_budget or inf)
-    first = budget.spent([federation.events_of(1)])
+    rounds = (federation.events_of(n) for n in range(1, o.rounds + 1))
+    first = budget.spent([next((events for events in rounds if events), ())])
     if o.epsilon_budget is not None:
         if not any(e < inf for views in first.values() for e in views.values()):
             raise InputError("epsilon_budget must come with a defense that has an ε, got none")

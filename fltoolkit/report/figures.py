@@ -61,13 +61,13 @@ def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], tit
 
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     rounds = [number for number, _ in evaluated]
-    low, high = zip(*(e.ci95 for _, e in evaluated), strict=True)
+    low, high = ([e.ci95[end] for _, e in evaluated] for end in (0, 1))
     axis.fill_between(rounds, low, high, color=ACCENT, alpha=0.18, lw=0)
     marker = "o" if len(rounds) < 2 else None
     axis.plot(rounds, [e.accuracy for _, e in evaluated], color=ACCENT, linewidth=1.8, marker=marker)
     axis.set_ylim(0, 1.02)
     tidy(axis, "round", "test accuracy (95 % interval)")
-    axis.set_title(title, fontsize=11, color=INK)
+    axis.set_title(title, fontsize=11, color=INK, parse_math=False)
     save(figure, path)
 
 

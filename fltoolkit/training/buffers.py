@@ -17,6 +17,12 @@ def norms_in_training(model: nn.Module) -> list[nn.Module]:
     return [m for m in layers if m.training and m.track_running_stats]
 
 
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Whether an example's output depends on the others of its batch."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(m.training or not m.track_running_stats for m in layers)
+
+
 @torch.no_grad()
 def after_one_step(model: nn.Module, params: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The buffers by name after one local step from `params [D]` on the batch x `[N, *shape]`, whose forward

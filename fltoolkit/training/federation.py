@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from math import inf
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,8 @@ class Federation:
         good = self.target is None or 0 < self.target <= 1
         require(good, "target", "an accuracy above 0 and at most 1", self.target)
         require(self.sampling in KINDS, "sampling", f"one of {KINDS}", self.sampling)
+        some = self.fraction > 0 or self.sampling != "poisson"
+        require(some, "fraction", "above 0 with sampling 'poisson'", self.fraction)
 
     def cohort(self, number: int) -> list[int]:
         return select_clients(len(self.clients), self.fraction, self.task.seed, number, self.sampling)
@@ -140,10 +142,7 @@ def federate(
     the transcripts that it wants. A `budget` ends the run before the round that would exceed it."""
     if state.reached(federation.target):
         return
-    numbers = takewhile(
-        lambda n: budget is None or budget.allows(federation.events_of(n)),
-        range(state.round + 1, rounds + 1),
-    )
+    numbers = takewhile(lambda n: _allowed(federation, n, budget), range(state.round + 1, rounds + 1))
     wants = witness.wants if witness is not None else lambda _: False
     f = federation
     steps = fedavg(f.task, state.params, f.clients, f.fraction, numbers, wants, f.sampling, state.memory)
@@ -154,7 +153,8 @@ def federate(
         if witness is not None and outcome.transcript is not None:
             witness(outcome.transcript)
         test = None
-        if outcome.number % federation.eval_every == 0 or outcome.number == rounds:
+        last = outcome.number == rounds or not _allowed(f, outcome.number + 1, budget)
+        if last or outcome.number % f.eval_every == 0:
             test = evaluate(federation.task, params, federation.test)
         failed = tuple(f.client for f in outcome.failures)
         history = (*state.history, RoundResult(outcome.number, test, failed))
@@ -164,6 +164,11 @@ def federate(
         if test is not None and federation.target is not None and test.accuracy >= federation.target:
             return
         begun = time.perf_counter()
+
+
+def _allowed(federation: Federation, number: int, budget: Budget | None) -> bool:
+    """Whether the budget leaves room for round `number`."""
+    return budget is None or budget.limit == inf or budget.allows(federation.events_of(number))
 
 
 def save(path: Path, state: State, config: dict[str, Any]) -> None:
@@ -184,9 +189,9 @@ def resume(path: Path, config: dict[str, Any]) -> State:
             RoundResult(n, test and Evaluation(*test), tuple(failed))
             for n, test, failed in content["history"]
         )
-        saved = content["config"]
+        saved = dict(content["config"])
         state = State(content["params"], history, content["memory"], content["seconds"])
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, UnpicklingError) as e:
+    except Exception as e:  # by where the file is broken
         raise InputError(f"checkpoint must be one that `train` wrote, got {str(path)!r}") from e
     check_same(path, saved, config)
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -91,9 +92,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _board(folder: Path, start: int) -> Any:
-    """A TensorBoard writer that hides what an interrupted run wrote after round `start`, or None."""
+    """A TensorBoard writer that hides what an interrupted run wrote after round `start`, or None. A run from
+    the start takes the place of what was there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    if start == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)

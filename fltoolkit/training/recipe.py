@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any
 
 from fltoolkit import models, registry
@@ -63,7 +64,7 @@ class Recipe:
     def check(self) -> None:
         """Raise InputError for a value that no federation can have."""
         require(0 < self.lr_decay <= 1, "lr_decay", "above 0 and at most 1", self.lr_decay)
-        require(self.server_lr > 0, "server_lr", "> 0", self.server_lr)
+        require(0 < self.server_lr < inf, "server_lr", "a finite number > 0", self.server_lr)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
         require(self.on_failure in ON_FAILURE, "on_failure", "skip or stop", self.on_failure)
         check_device(self.device)

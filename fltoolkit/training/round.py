@@ -271,10 +271,11 @@ class _Fold:
     def _train(self, data: Mapping[int, Examples]) -> tuple[list[int], Tensor]:
         """Who sends, and their w_k − w_t `[K, D]`. Where training raises, each client trains alone, so that
         one cannot take the others with it."""
-        members, examples = list(data), list(data.values())
+        members, examples, empty = list(data), list(data.values()), self.empty
         try:
             rows = self._rows(members, examples)
         except Exception as e:
+            self.empty = empty
             if len(members) > 1:
                 alone = [self._train({c: d}) for c, d in data.items()]
                 return [c for sent, _ in alone for c in sent], torch.cat([rows for _, rows in alone])

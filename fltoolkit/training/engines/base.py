@@ -99,6 +99,8 @@ def without_draws(model: nn.Module) -> nn.Module:
 
 
 def _may_draw(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.RNNBase | nn.MultiheadAttention) and layer.dropout > 0:
+        return True
     return isinstance(layer, _RANDOM_LAYERS) or bool(getattr(layer, "draws", False))
 
 

@@ -48,7 +48,7 @@ def shorten(model: nn.Module, names: Collection[str], kinds: Collection[type[nn.
             layer.__class__ = _BRIEF[type(layer)]
         elif type(layer) is FastLstm and PeepholeLstm in kinds:
             layer.short = native_lstm.tiles_fit(layer.units)
-    for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
+    for chain in [m for m in model.modules() if type(m) is nn.Sequential and id(m) in once]:
         rounds = False
         for layer in reversed(chain):
             if isinstance(layer, _Brief):

@@ -29,7 +29,7 @@ class Compiled(Engine):
         if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
             return "its parameters are not float32 on a CPU"
         if native.library() is None:
-            return f"there is no C compiler, or {native.SWITCH} is 0"
+            return f"there is no C compiler that can build its kernels, or {native.SWITCH} is 0"
         return Batched.refuses(model, loss, input_shape)
 
     def __call__(

@@ -125,13 +125,15 @@ class PooledConv2d(nn.Conv2d):
 
 
 def join_with_pool(model: nn.Module, names: Collection[str], kind: type[nn.Conv2d] = PooledConv2d) -> None:
-    """Let the convolutions called `names` do the ReLU and 2x2 max pooling that follow them in a Sequential,
-    by becoming layers of that kind, and those two nothing, in place."""
+    """Let convolutions do the ReLU and 2x2 max pooling that follow them in a Sequential, by becoming layers
+    of that kind, and those two nothing, in place; where all four are among `names`: a Sequential that is not
+    called itself may be a mere list, whose layers somebody reads one by one."""
     wanted = {id(m) for n, m in model.named_modules() if n in names}
-    for chain in [m for m in model.modules() if type(m) is nn.Sequential]:
+    for chain in [m for m in model.modules() if type(m) is nn.Sequential and id(m) in wanted]:
         for i in range(len(chain) - 2):
             conv, relu, pool = chain[i], chain[i + 1], chain[i + 2]
-            if id(conv) in wanted and slides(conv) and type(relu) is nn.ReLU and _halves(pool):
+            called = all(id(layer) in wanted for layer in (conv, relu, pool))
+            if called and slides(conv) and type(relu) is nn.ReLU and _halves(pool):
                 conv.__class__ = kind
                 chain[i + 1], chain[i + 2] = nn.Identity(), nn.Identity()
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fltoolkit.training.buffers import normalises_by_batch
 from fltoolkit.training.engines import recurrent
 from fltoolkit.training.engines.base import Stacked, in_callers_order, most_first
 from fltoolkit.training.engines.fused import slides
@@ -67,6 +68,10 @@ class Graphed(Vmapped):
         local: LocalSpec,
         rngs: Sequence[np.random.Generator],
     ) -> Tensor:
+        sizes = {len(d) for d in data}
+        short = len(sizes) > 1 or any(n % min(local.batch or n, n) for n in sizes)
+        if short and normalises_by_batch(self.model):
+            return super().__call__(params, data, local, rngs)
         order = most_first(data)
         stacked = Stacked.of([data[k] for k in order], local, [rngs[k] for k in order])
         batches = stacked.epoch(local.batch)

@@ -382,7 +382,7 @@ INLINE void lstm_tile(const int R, const int C, const float *u, const float *bia
  * first count[t] of n examples, never more than the step before. Arrays hold step after step: gates [Σ count, 4, units],
  * which hold W x and take the gates' values, and squashed [Σ count, units], which takes tanh(cell); cells and hidden
  * [n + Σ count, units] begin with the start. u [units / LANES, units, 4, LANES]; units are a multiple of LANES. */
-void fl_lstm(const float *u, const float *bias, const float *peephole, const long *count, long steps, long n,
+void fl_lstm(const float *u, const float *bias, const float *peephole, const int64_t *count, long steps, long n,
              long units, float *gates, float *cells, float *squashed, float *hidden)
 {
     for (long t = 0, line = n * units; t < steps; line = count[t++] * units) {
@@ -415,7 +415,7 @@ INLINE void lstm_back_tile(const int R, const int C, const float *u, const float
 }
 
 /* Rows up to the end of step t. */
-static long rows_until(const long *count, long t)
+static long rows_until(const int64_t *count, long t)
 {
     long rows = 0;
     for (; t >= 0; t--)
@@ -425,7 +425,7 @@ static long rows_until(const long *count, long t)
 
 /* Backward through fl_lstm: dz [Σ count, 4, units] by W x, from dh [Σ count, units] by the hidden states. u [4 units,
  * units] as it is; dc [n, units] is zeros and so is `by` [7, units], which takes what lstm_unit_back tells. */
-void fl_lstm_back(const float *u, const float *peephole, const long *count, const float *dh, const float *gates,
+void fl_lstm_back(const float *u, const float *peephole, const int64_t *count, const float *dh, const float *gates,
                   const float *cells, const float *squashed, long steps, long n, long units, float *dc, float *by,
                   float *dz)
 {
@@ -518,7 +518,7 @@ INLINE void store_short(int16_t *p, vec v)
 
 /* fl_lstm with products in bfloat16: z [Σ count, 4, units] is W x, u [units / LANES, units / 2 PAIRS, 4, PAIRS, LANES,
  * 2]; hidden [Σ count, units] goes to `rounded` [n + Σ count, units] too, which begins with the start. */
-void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, const long *count, const int16_t *z,
+void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, const int64_t *count, const int16_t *z,
                    long steps, long n, long units, float *gates, float *cells, float *squashed, float *hidden,
                    int16_t *rounded)
 {
@@ -550,7 +550,7 @@ void fl_lstm_short(const int16_t *u, const float *bias, const float *peephole, c
 }
 
 /* Backward through it, dz in bfloat16. u [units / 4 LANES, 4 units / 2 PAIRS, 4, PAIRS, LANES, 2]. */
-void fl_lstm_back_short(const int16_t *u, const float *peephole, const long *count, const float *dh,
+void fl_lstm_back_short(const int16_t *u, const float *peephole, const int64_t *count, const float *dh,
                         const float *gates, const float *cells, const float *squashed, long steps, long n, long units,
                         float *dc, float *by, int16_t *dz)
 {
@@ -601,9 +601,9 @@ void fl_relu_pool(const float *z, long n, long h, long w, long c, float *y, int3
         for (; e + LANES <= c; e += LANES) {
             vec most = load(a + e), next;
             ints at = {0}, larger;
-#define CONSIDER(from, place)                          \
-    next = load(from), larger = next > most,           \
-    most = choose(larger, next, most),                 \
+#define CONSIDER(from, place)                                   \
+    next = load(from), larger = (next > most) | (next != next), \
+    most = choose(larger, next, most),                          \
     at = (larger & (place - (ints){0})) | (~larger & at)
             CONSIDER(a + e + c, 1);
             CONSIDER(b + e, 2);
@@ -616,7 +616,7 @@ void fl_relu_pool(const float *z, long n, long h, long w, long c, float *y, int3
             const float four[] = {a[e], a[e + c], b[e], b[e + c]};
             int32_t at = 0;
             for (int place = 1; place < 4; place++)
-                at = four[place] > four[at] ? place : at;
+                at = four[place] > four[at] || four[place] != four[place] ? place : at;
             y[e] = activate(four[at], RELU);
             which[e] = four[at] > 0 ? at : NOWHERE;
         }

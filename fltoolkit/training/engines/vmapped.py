@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fltoolkit.training.buffers import normalises_by_batch
 from fltoolkit.training.engines.base import Engine, Stacked, draws, in_callers_order, most_first
 from fltoolkit.types import Examples, LocalSpec, Loss
 
@@ -39,14 +40,21 @@ class Vmapped(Engine):
         batches = stacked.epoch(local.batch)
         for _ in range(local.epochs):
             for part, held in batches:
-                a = len(held)
-                x, y = stacked.x[:a, part], stacked.y[:a, part]
-                mask = (torch.arange(x.shape[1], device=x.device) < held[:, None]).to(rows)
-                active = {n: b[:a].clone() for n, b in buffers.items()}
-                g = gradient(rows[:a], active, x, y, mask)
-                velocity[:a] = local.momentum * velocity[:a] + g + local.weight_decay * rows[:a]
-                rows[:a] -= local.lr * velocity[:a]
+                for k, width in self._together(held, stacked.x[:, part].shape[1]):
+                    x, y = (t[k, part][:, :width] for t in (stacked.x, stacked.y))
+                    mask = (torch.arange(width, device=x.device) < held[k][:, None]).to(rows)
+                    active = {n: b[k].clone() for n, b in buffers.items()}
+                    g = gradient(rows[k], active, x, y, mask)
+                    velocity[k] = local.momentum * velocity[k] + g + local.weight_decay * rows[k]
+                    rows[k] -= local.lr * velocity[k]
         return in_callers_order(rows.sub_(params), order)
+
+    def _together(self, held: Tensor, width: int) -> list[tuple[Tensor | slice, int]]:
+        """Which of the active clients step together, and on how many places: all on `width`, unless the model
+        normalises by the batch, where what fills a short one up would count."""
+        if not normalises_by_batch(self.model):
+            return [(slice(len(held)), width)]
+        return [((held == n).nonzero()[:, 0], n) for n in held.unique().tolist()]
 
     def _masked_loss(
         self, row: Tensor, buffers: dict[str, Tensor], x: Tensor, y: Tensor, mask: Tensor
