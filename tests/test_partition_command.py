@@ -57,6 +57,12 @@ def test_clients_are_those_that_train_has(tmp_path, capsys):
     assert run(capsys, tmp_path / "p", *deal)["sizes"] == [c["examples"] for c in line["clients"]]
 
 
+def test_a_path_is_no_formula(tmp_path, capsys):
+    np.savez(tmp_path / r"$\foo$.npz", x=np.random.default_rng(0).random((4, 3)), y=np.arange(4) % 2)
+    run(capsys, tmp_path / "p", "--data", rf"tensors:{tmp_path}/$\foo$.npz", "--clients", "2")
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == FILES
+
+
 def test_distance_ends_at_0_and_nearly_1():
     y = np.repeat(np.arange(4), 25)
     alike = count([np.arange(i, 100, 25) for i in range(25)], y, 4)

@@ -270,6 +270,8 @@ def test_poisson_cohorts_are_amplified_and_may_be_empty(tmp_path, capsys):
         (["--epsilon-budget", "1", "--defense", "clip:norm=1"], "epsilon_budget must come with a defense"),
         (["--epsilon-budget", "1", "--defense", "adaptive-clip"], "epsilon_budget must come with a defense"),
         ([*CENTRAL, "--epsilon-budget", "0.01"], "epsilon_budget must be at least "),
+        (["--server-lr", "inf"], "server_lr must be a finite number > 0, got inf"),
+        (["--sampling", "poisson", "--fraction", "0", *CENTRAL], "fraction must be above 0 with sampling"),
         (["--sampling", "most", *CENTRAL], "sampling must be one of"),
         (["--defense", "gaussian:level=example"], "gaussian must come after a clip"),
         (["--defense", "clip:level=layer"], "level must be one of"),

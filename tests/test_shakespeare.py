@@ -56,6 +56,17 @@ def test_roles_are_split_by_lines_in_order(plays):
     assert roles[1].train == ("To be, or not aside",)
 
 
+def test_a_damaged_archive_is_named(plays):
+    path = plays / "shakespeare" / shakespeare.PLAYS
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a.xml", bytes(range(256)) * 9)
+    content = bytearray(path.read_bytes())
+    content[35] = 255  # a kind of block that there is not
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="plays must be XML files in a zip archive"):
+        shakespeare.read_roles()
+
+
 def test_examples_are_lines_with_what_precedes_each_character(plays):
     data = load("shakespeare")
     assert data.train.x.shape == (12, 80)
