@@ -3,9 +3,10 @@
 Andrew, Thakkar, McMahan, Ramaswamy 2021, arXiv:1905.03871, Algorithm 1: each client sends, beside its clipped
 update, whether it was at most C long; the server adds N(0, σ_b²) to the sum of these bits b_k − 1/2, so
 that b̄ is a private estimate of the share below C, and sets C ← C · exp(−η_C (b̄ − γ)). A bit moves the sum
-by 1/2, so the estimate is a Gaussian mechanism with noise multiplier 2 σ_b; it is a release of its own,
-which composes with the noise on the updates. (The paper splits one noise multiplier z between the two
-instead: its z is (z_Δ⁻² + (2 σ_b)⁻²)^(−1/2), which is what composing gives.)
+by 1/2, so the estimate is a Gaussian mechanism with noise multiplier 2 σ_b; it is a release beside the
+update, on the same sample, so that both together are one mechanism with the paper's multiplier
+z = (z_Δ⁻² + (2 σ_b)⁻²)^(−1/2), and that is what sampling amplifies. Bits are sent as they are:
+whoever sees them before the noise, one by one or added up, has ε = ∞.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class AdaptiveClip(Defense):
         require(good, "bit_noise", "a finite number >= 0", self.bit_noise)
 
     def bound(self, sensitivity: float | None) -> float:
-        return self.norm
+        return self.norm if sensitivity is None else min(sensitivity, self.norm)
 
     def bound_in(self, sensitivity: float | None, ctx: RoundContext) -> float:
-        return self.norm_in(ctx)
+        c = self.norm_in(ctx)
+        return c if sensitivity is None else min(sensitivity, c)
 
     def norm_in(self, ctx: RoundContext) -> float:
         """C of this round."""
@@ -60,19 +62,28 @@ class AdaptiveClip(Defense):
     def clients(self, rows: Tensor, ctx: RoundContext) -> Tensor:
         c = self.norm_in(ctx)
         norms = vector_norm(rows.double(), dim=1, keepdim=True)
-        below = (norms <= c).sum().double().cpu()
-        before = ctx.recall("below")
-        ctx.remember(below if before is None else before + below, "below")
+        bits = (norms[:, 0] <= c).double().cpu()
+        told = torch.stack([torch.tensor(ctx.clients, dtype=torch.float64), bits], 1)
+        ctx.remember(torch.cat([self._told(ctx), told]), "bits")
+        ctx.remember(torch.tensor(ctx.round), "round")
         return rows * (c / norms.to(rows.dtype).clamp_min(c))
+
+    @staticmethod
+    def _told(ctx: RoundContext) -> Tensor:
+        """Clients and their bits `[n, 2]`, as far as this round's have sent them."""
+        kept, number = ctx.recall("bits"), ctx.recall("round")
+        if kept is None or number is None or int(number) != ctx.round:
+            return torch.empty(0, 2, dtype=torch.float64)
+        return kept.cpu()
 
     def server(self, aggregate: Tensor, ctx: RoundContext) -> Tensor:
         expected = self._cohort(ctx)
-        below = ctx.recall("below")
-        centred = (0.0 if below is None else float(below)) - len(ctx.clients) / 2
+        bits = {int(client): bit for client, bit in self._told(ctx).tolist()}
+        centred = sum(bits[c] - 0.5 for c in ctx.clients)
         noise = float(torch.randn((), generator=ctx.server_rng(), dtype=torch.float64))
         share = min(1.0, max(0.0, (centred + self.bit_noise * noise) / expected + 0.5))
         ctx.remember(torch.tensor(self.norm_in(ctx) * exp(-self.rate * (share - self.quantile))), "norm")
-        ctx.remember(torch.zeros((), dtype=torch.float64), "below")
+        ctx.remember(torch.empty(0, 2, dtype=torch.float64), "bits")
         return aggregate
 
     @staticmethod
@@ -83,4 +94,8 @@ class AdaptiveClip(Defense):
         return float(len(ctx.clients))
 
     def privacy(self, ctx: RoundContext) -> tuple[PrivacyEvent, ...]:
-        return central_gaussian(2 * self.bit_noise, ctx, "norms") if self.bit_noise else ()
+        from dp_accounting import NonPrivateDpEvent
+
+        open_to = ("message", "sum") if self.bit_noise else ("message", "sum", "aggregate")
+        seen = tuple(PrivacyEvent(NonPrivateDpEvent(), view, release="norms") for view in open_to)
+        return (*seen, *(central_gaussian(2 * self.bit_noise, ctx, "norms") if self.bit_noise else ()))

@@ -81,6 +81,10 @@ class Correlated(Defense):
         require(k is None or k >= 1, "participations", ">= 1", k)
         require(self.separation >= 1, "separation", ">= 1", self.separation)
 
+    @property
+    def noises_the_sum(self) -> bool:
+        return True
+
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
         if sensitivity is None:
             raise InputError(

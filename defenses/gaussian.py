@@ -59,6 +59,10 @@ class Gaussian(Defense):
     def acts_on_rows(self) -> bool:
         return self.placement == "client"
 
+    @property
+    def noises_the_sum(self) -> bool:
+        return self.placement == "server" and not self.unbounded
+
     def check(self, sensitivity: float | None, cohort: int | None) -> None:
         if sensitivity is None and not self.unbounded:
             raise InputError(

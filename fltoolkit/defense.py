@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fltoolkit.errors import InputError, require
 from fltoolkit.metrics.traffic import Traffic
+from fltoolkit.one_sample import on_one_sample
 from fltoolkit.rng import Key, torch_stream
 from fltoolkit.types import HONEST, Examples, Layout, Loss, Meddling, PrivacyEvent
 
@@ -44,12 +45,15 @@ class Sampling:
     """How the members of a cohort or batch were chosen, as every ε must know.
 
     kind: "poisson" (each of the population by itself with probability `rate`), "fixed" (`rate · population`
-    of them without replacement) or "full" (everybody). population: how many there are to choose from.
+    of them without replacement) or "full" (everybody). population: how many there are to choose from. alike:
+    whether each of them counts the same in a sum. Where not, the noise, which follows the largest weight that
+    was drawn, tells who was, and chance hides nobody.
     """
 
     kind: str = "full"
     rate: float = 1.0
     population: int = 0
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,11 @@ class Defense:
         return str(getattr(self, "level", "client"))
 
     @property
+    def noises_the_sum(self) -> bool:
+        """True where `server` adds noise in proportion to the bound on rows."""
+        return False
+
+    @property
     def acts_on_rows(self) -> bool:
         """True where `clients` does something."""
         return type(self).clients is not Defense.clients
@@ -229,12 +238,16 @@ class DefenseStack:
         seen: Counter[str] = Counter()
         steps = []
         bound: float | None = None
+        noises: list[tuple[Defense, float]] = []
         for d in self.defenses:
             d.check(bound, cohort)
+            if d.noises_the_sum and bound is not None:
+                noises.append((d, bound))
             seen[d.name] += 1
             label = d.name if seen[d.name] == 1 else f"{d.name}#{seen[d.name]}"
             steps.append((d, label))
             bound = d.bound(bound)
+            _check_noises(noises, d, bound)
         self._steps = tuple(steps)
 
     def _check_order(self) -> None:
@@ -275,7 +288,7 @@ class DefenseStack:
                 others = [e for e in events if e.view not in ("message", "sum")]
                 events = (*messages, *(replace(e, view="sum") for e in messages), *others)
             found += events
-        return tuple(found)
+        return on_one_sample(found)
 
     def _in(self, ctx: RoundContext) -> list[tuple[Defense, RoundContext]]:
         found: list[tuple[Defense, RoundContext]] = []
@@ -334,6 +347,17 @@ class DefenseStack:
         for d, c in reversed(self._in(ctx)):
             rows = d.read(rows, c)
         return rows
+
+
+def _check_noises(noises: Sequence[tuple[Defense, float]], after: Defense, bound: float | None) -> None:
+    """Raise InputError where rows may be longer after `after` than noise on their sum counts on."""
+    for noise, counted in noises:
+        if after.acts_on_rows and (bound is None or bound > counted * (1 + 1e-12)):
+            longer = "of any length" if bound is None else f"up to {bound:.4g} long"
+            raise InputError(
+                f"{after.name} must come before {noise.name}, whose noise is for rows up to {counted:.4g} "
+                f"long: after {after.name} they are {longer}"
+            )
 
 
 def check_level(level: str) -> None:

@@ -13,7 +13,8 @@ def central_gaussian(sigma: float, ctx: RoundContext, release: str = UPDATE) -> 
 
     For clients, the server adds it before release, so it protects whoever sees the aggregate. A cohort of
     fixed size has two alternative guarantees: its members counted as taking part for certain, and the
-    amplification by sampling without replacement, which holds for replacing a client, not for adding one. For
+    amplification by sampling without replacement, which holds for replacing a client, not for adding one, and
+    where all of the population count alike. For
     examples the client adds the noise, in each of its steps, so every view of its message is protected.
     """
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent
@@ -22,7 +23,7 @@ def central_gaussian(sigma: float, ctx: RoundContext, release: str = UPDATE) -> 
     if how.kind == "poisson":
         return _of(PoissonSampledDpEvent(how.rate, plain), ctx, release, "add-remove")
     found = _of(plain, ctx, release, "zero-out")
-    if how.kind == "fixed":
+    if how.kind == "fixed" and how.alike:
         chosen = round(how.rate * how.population)
         amplified = SampledWithoutReplacementDpEvent(how.population, chosen, plain)
         found += _of(amplified, ctx, release, "replace-one")

@@ -215,6 +215,7 @@ def test_training_learns_the_digits(tmp_path, capsys):
 
 def test_training_with_a_looker_on_and_noise_reports_both(tmp_path, capsys):
     flags = ["--clients", "700", "--fraction", "0.02", "--epochs", "1", "--batch", "inf", "--rounds", "3"]
+    flags += ["--equal-weights"]
     defense = ["--defense", "clip:norm=1", "--defense", "gaussian:noise_multiplier=2"]
     out = ["--json", "--out", str(tmp_path / "o")]
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf, sqrt
 
 import numpy as np
@@ -34,7 +35,7 @@ from defenses.soteria import Soteria
 from defenses.subspace import Subspace
 from defenses.topk import TopK
 from fltoolkit import registry
-from fltoolkit.accounting import epsilon_by_view
+from fltoolkit.accounting import epsilon_by_view, gaussian_epsilon
 from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
@@ -226,8 +227,8 @@ def test_adaptive_clip_moves_by_the_paper_s_rule_whatever_the_chunks():
     given, quiet = rows(), AdaptiveClip(norm=19.0, quantile=0.5, rate=0.3, bit_noise=0.0)
     stack, memory = DefenseStack([quiet]), {}
     ctx = context(memory=memory)
-    stack.clients(given[:3], ctx)
-    stack.clients(given[3:], ctx)
+    stack.clients(given[:3], replace(ctx, clients=ctx.clients[:3]))
+    stack.clients(given[3:], replace(ctx, clients=ctx.clients[3:]))
     stack.server(given.mean(0), ctx)
     below = float((vector_norm(given, dim=1) <= 19.0).float().mean())
     assert 0 < below < 1
@@ -244,13 +245,85 @@ def test_noise_follows_the_norm_that_a_clip_adapted_to():
 
 
 def test_adaptive_clip_composes_with_noise_as_the_paper_splits_it():
-    """z of both together is (z_Δ⁻² + (2 σ_b)⁻²)^(−1/2), Theorem 1."""
-    stack = DefenseStack([AdaptiveClip(bit_noise=3.0), Gaussian(noise_multiplier=2.0)])
-    events = stack.events(context())
-    assert {e.release for e in events} == {"norms", "update"}
-    multipliers = [e.event.noise_multiplier for e in events]
-    assert sorted(multipliers) == [2.0, 6.0]
-    assert not DefenseStack([AdaptiveClip(bit_noise=0.0)]).events(context())
+    """z of both together is (z_Δ⁻² + (2 σ_b)⁻²)^(−1/2), Theorem 1, and that is what sampling amplifies."""
+    for bits, sigma in ((0.5, 1.0), (3.0, 2.0)):
+        stack = DefenseStack([AdaptiveClip(bit_noise=bits), Gaussian(noise_multiplier=sigma)])
+        z = (sigma**-2 + (2 * bits) ** -2) ** -0.5
+        for how, told in (
+            (Sampling(), {"sampling_rate": 1.0}),
+            (Sampling("poisson", 0.01, 400), {"sampling_rate": 0.01}),
+            (
+                Sampling("fixed", 0.01, 400),
+                {"sampling_rate": 0.01, "sampling": "fixed", "population": 400, "adjacency": "zero-out"},
+            ),
+        ):
+            spent = epsilon_by_view([stack.events(context(sampling=how))] * 3, False, 1e-5)
+            expected = gaussian_epsilon(z, told.pop("sampling_rate"), 3, 1e-5, **told)
+            assert spent["aggregate"] == pytest.approx(expected, rel=1e-4)
+            assert spent["message"] == inf
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling("poisson", 0.01, 400), Sampling("fixed", 0.01, 400)])
+def test_bits_beside_noise_of_clients_amplify_nothing(how):
+    """Who sees the clients' own noise alone may know the sample."""
+    stack = DefenseStack([AdaptiveClip(bit_noise=3.0), Gaussian(noise_multiplier=2.0, placement="client")])
+    spent = epsilon_by_view([stack.events(context(sampling=how))], False, 1e-5)
+    summed = 2 * CLIENTS**0.5
+    assert spent["aggregate"] == pytest.approx(
+        gaussian_epsilon((summed**-2 + 6.0**-2) ** -0.5, 1, 1, 1e-5), rel=1e-4
+    )
+    assert spent["message"] == inf
+
+
+def test_bits_without_noise_protect_nothing():
+    for last in (Gaussian(), Gaussian(placement="client")):
+        events = DefenseStack([AdaptiveClip(bit_noise=0.0), last]).events(context())
+        assert set(epsilon_by_view([events], False, 1e-5).values()) == {inf}
+        assert set(epsilon_by_view([events], True, 1e-5).values()) == {inf}
+
+
+def test_bits_count_of_those_in_the_sum_alone():
+    """Two of four below C leave C as it is; those who dropped out, or were given up, say nothing."""
+    given = torch.tensor([[1.0], [9.0], [1.0], [9.0]])
+    stack, memory = DefenseStack([AdaptiveClip(norm=5.0, bit_noise=0.0)]), {}
+    stack.clients(given, context(1, memory=memory))  # and no sum
+    stack.clients(given, context(2, memory=memory))
+    stack.server(given.mean(0), replace(context(2, memory=memory), clients=(1, 2)))
+    assert float(memory[("adaptive-clip", "norm")]) == pytest.approx(5.0)
+    stack.clients(given, context(3, memory=memory))
+    stack.server(given.mean(0), replace(context(3, memory=memory), clients=(1, 3)))
+    assert float(memory[("adaptive-clip", "norm")]) == pytest.approx(5 * np.exp(0.2 * 0.5))
+
+
+@pytest.mark.parametrize(
+    ("later", "length"),
+    [
+        (Sign(scale="none", error_feedback=False), "of any length"),
+        (RandK(fraction=0.1, unbiased=True, error_feedback=False), "up to 15 long"),
+        (Normalise(norm=100.0), "up to 100 long"),
+        (Quantise(levels=4, bucket=16), "up to 2 long"),
+        (TopK(error_feedback=True), "of any length"),
+    ],
+)
+@pytest.mark.parametrize("noise", [Gaussian(), Correlated(rounds=4)])
+def test_rows_that_grow_after_noise_has_counted_on_them_are_refused(noise, later, length):
+    """Noise goes on the sum, whatever is done to rows after it in the list."""
+    with pytest.raises(
+        InputError, match=f"{later.name} must come before {noise.name}.*: after.* they are {length}"
+    ):
+        DefenseStack([Clip(norm=1.0), noise, later])
+    DefenseStack([Clip(norm=1.0), noise, Clip(norm=3.0), TopK(error_feedback=False)])
+
+
+def test_a_cohort_of_unequal_weights_is_not_amplified():
+    """Its noise follows the largest weight drawn, and tells of it."""
+    stack = DefenseStack([Clip(), Gaussian(noise_multiplier=2.0)])
+    plain = gaussian_epsilon(2.0, 1, 5, 1e-5)
+    for alike in (True, False):
+        how = Sampling("fixed", 0.01, 400, alike)
+        spent = epsilon_by_view([stack.events(context(sampling=how))] * 5, False, 1e-5)["aggregate"]
+        assert (spent == pytest.approx(plain, rel=1e-4)) == (not alike)
+        assert alike == (spent < plain / 2)
 
 
 @pytest.mark.parametrize(

@@ -287,3 +287,13 @@ def test_impossible_flags_are_refused(extra, words, tmp_path, capsys):
 def test_delta_beyond_the_number_of_clients_warns(tmp_path, capsys):
     _, _, err = train(capsys, tmp_path, "--rounds", "1", *CENTRAL, "--delta", "0.1")
     assert "warning: delta 0.1" in err
+
+
+@pytest.mark.parametrize(("flags", "rate"), [(["--equal-weights"], 0.1), ([], 1.0)])
+def test_only_clients_that_count_alike_are_amplified(flags, rate, tmp_path, capsys):
+    """71 or 72 digits a client."""
+    extra = ["--fraction", "0.1", "--rounds", "2", *CENTRAL[:2], "--defense", "gaussian:noise_multiplier=8"]
+    _, report, _ = train(capsys, tmp_path, *extra, *flags)
+    sampled = {} if rate == 1 else {"adjacency": "zero-out", "sampling": "fixed", "population": 20}
+    expected = gaussian_epsilon(8, rate, 2, 1e-5, **sampled)
+    assert report["epsilon"]["aggregate"] == pytest.approx(expected, rel=1e-3)

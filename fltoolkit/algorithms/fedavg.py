@@ -23,7 +23,7 @@ from fltoolkit.defense import Sampling
 from fltoolkit.errors import require
 from fltoolkit.rng import stream
 from fltoolkit.training.round import NOTHING, Memory, Outcome, run_round
-from fltoolkit.training.task import Task
+from fltoolkit.training.task import Task, alike
 from fltoolkit.types import Examples, LocalSpec
 
 
@@ -42,12 +42,16 @@ def select_clients(total: int, fraction: float, seed: int, number: int, sampling
     return sorted(int(c) for c in chosen)
 
 
-def cohort_sampling(total: int, fraction: float, sampling: str = "fixed") -> Sampling:
+def cohort_sampling(
+    task: Task, clients: Sequence[Examples], fraction: float, sampling: str = "fixed"
+) -> Sampling:
     """How `select_clients` chooses, as the accounting must know it."""
+    total = len(clients)
     if sampling == "poisson":
         return Sampling("poisson", fraction, total)
     size = max(round(fraction * total), 1)
-    return Sampling("full" if size == total else "fixed", size / total, total)
+    kind = "full" if size == total else "fixed"
+    return Sampling(kind, size / total, total, alike(task, clients, sampling))
 
 
 def server_update(params: Tensor, aggregate: Tensor, server_lr: float = 1.0) -> Tensor:
@@ -71,7 +75,7 @@ def fedavg(
     is chosen, see `select_clients`. memory: what defenses kept of earlier rounds.
     """
     require(0 <= fraction <= 1, "fraction", "between 0 and 1", fraction)
-    how = cohort_sampling(len(clients), fraction, sampling)
+    how = cohort_sampling(task, clients, fraction, sampling)
     for number in rounds:
         cohort = select_clients(len(clients), fraction, task.seed, number, sampling)
         outcome = run_round(task, params, cohort, clients, number, witnessed(number), how, memory)

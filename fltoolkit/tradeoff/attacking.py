@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fltoolkit import registry
-from fltoolkit.algorithms.fedavg import cohort_sampling, select_clients
+from fltoolkit.algorithms.fedavg import select_clients
 from fltoolkit.attack import Attack
 from fltoolkit.audit import make_threat
 from fltoolkit.data import Dataset
@@ -103,9 +103,8 @@ class Vantage:
         """The same of the round with another cohort and other random numbers."""
         f, task = self.federation, self._task(victim)
         cohort = self._cohort(task.seed)
-        how = cohort_sampling(len(f.clients), f.fraction, f.sampling)
         params, memory = self.state["params"], self.state["memory"]
-        outcome = run_round(task, params, cohort, f.clients, self.number, sampling=how, memory=memory)
+        outcome = run_round(task, params, cohort, f.clients, self.number, sampling=f.chosen, memory=memory)
         return look([outcome], self.threat, [f.clients[c] for c in cohort], self.public, False)
 
     def played(self, victim: int) -> Look:

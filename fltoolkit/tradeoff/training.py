@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fltoolkit.accounting import epsilon_by_view
-from fltoolkit.algorithms.fedavg import cohort_sampling
 from fltoolkit.errors import InputError
 from fltoolkit.metrics.traffic import Traffic, plain_traffic
 from fltoolkit.report.document import finite
@@ -77,14 +76,13 @@ def placed(state: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 def replay(federation: fed.Federation, state: Mapping[str, Any], number: int) -> Outcome:
     """Round `number` as it happened, with somebody looking on."""
-    how = cohort_sampling(len(federation.clients), federation.fraction, federation.sampling)
     return run_round(
         federation.task,
         state["params"],
         federation.cohort(number),
         federation.clients,
         number,
-        sampling=how,
+        sampling=federation.chosen,
         memory=state["memory"],
     )
 

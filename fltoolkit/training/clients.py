@@ -20,6 +20,11 @@ class Dealt(Sequence[Examples]):
     def __len__(self) -> int:
         return len(self.parts)
 
+    @property
+    def sizes(self) -> list[int]:
+        """n_k of every client."""
+        return [len(part) for part in self.parts]
+
     @overload
     def __getitem__(self, k: int) -> Examples: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from math import inf
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fltoolkit.accounting import Rounds
 from fltoolkit.algorithms.fedavg import cohort_sampling, fedavg, select_clients
-from fltoolkit.defense import Local, RoundContext
+from fltoolkit.defense import Local, RoundContext, Sampling
 from fltoolkit.errors import InputError, require
 from fltoolkit.report.files import write_atomic
 from fltoolkit.training.budget import Budget
@@ -73,6 +74,11 @@ class Federation:
         some = self.fraction > 0 or self.sampling != "poisson"
         require(some, "fraction", "above 0 with sampling 'poisson'", self.fraction)
 
+    @cached_property
+    def chosen(self) -> Sampling:
+        """How cohorts are chosen, as the accounting must know it."""
+        return cohort_sampling(self.task, self.clients, self.fraction, self.sampling)
+
     def cohort(self, number: int) -> list[int]:
         return select_clients(len(self.clients), self.fraction, self.task.seed, number, self.sampling)
 
@@ -92,7 +98,7 @@ class Federation:
 
     def _context(self, number: int, cohort: Sequence[int]) -> RoundContext:
         sizes = [len(self.clients[c]) for c in cohort]
-        sampling = cohort_sampling(len(self.clients), self.fraction, self.sampling)
+        sampling = self.chosen
         n = counts(self.task, sampling, sizes)
         poisson = sampling.kind == "poisson"
         weights = n / (sampling.rate * sampling.population if poisson else n.sum())

@@ -14,10 +14,11 @@ from fltoolkit.defense import DefenseStack, RoundContext, Sampling
 from fltoolkit.errors import require
 from fltoolkit.rng import Key
 from fltoolkit.threat import Public
+from fltoolkit.training.clients import Dealt
 from fltoolkit.training.engines import AUTO, Engine, choose
 from fltoolkit.training.private.clipped import check_private
 from fltoolkit.training.private.local import OPACUS
-from fltoolkit.types import Layout, LocalSpec, Loss, PrivacyEvent
+from fltoolkit.types import Examples, Layout, LocalSpec, Loss, PrivacyEvent
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,18 @@ def counts(task: Task, sampling: Sampling, sizes: Sequence[int]) -> Tensor:
     """What each client counts in the sum `[K]`: its n_k, or 1 with equal weights and in a Poisson cohort."""
     alike = task.equal_weights or sampling.kind == "poisson"
     return torch.tensor([1.0 if alike else float(n) for n in sizes])
+
+
+def alike(task: Task, clients: Sequence[Examples], sampling: str) -> bool:
+    """Whether every one of these clients counts the same in a sum; one whose data cannot be read does not.
+    Nobody is asked where no defense wants to know."""
+    if task.equal_weights or sampling == "poisson" or not task.stack.defenses:
+        return True
+    try:
+        sizes = clients.sizes if isinstance(clients, Dealt) else map(len, clients)
+        return len(set(sizes)) <= 1
+    except Exception:
+        return False
 
 
 def example_context(
