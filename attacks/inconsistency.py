@@ -48,7 +48,9 @@ class InconsistentServer(ThreatModel):
         return replace(seen, defenses=(*seen.defenses, words))
 
     def members(self, transcript: Transcript, target: int) -> tuple[int, ...]:
-        return (target,)
+        """The target alone; nobody where it has dropped out of the sum."""
+        clients = transcript.updates.clients
+        return (clients.index(target),) if target in clients else ()
 
 
 @dataclass(frozen=True)

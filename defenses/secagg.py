@@ -23,7 +23,7 @@ from fltoolkit.secagg import bonawitz
 from fltoolkit.secagg.bonawitz_client import Client
 from fltoolkit.secagg.bonawitz_server import Server
 from fltoolkit.secagg.defense import Played, SecureAggregation, digests, play_session
-from fltoolkit.secagg.graph import Graph, complete, harary, parameters
+from fltoolkit.secagg.graph import Choice, Graph, complete, harary, parameters
 from fltoolkit.secagg.keys import Signer
 from fltoolkit.secagg.wire import SESSION_BYTES, Wire
 from fltoolkit.secagg.words import unpack
@@ -36,12 +36,13 @@ class SecAgg(SecureAggregation):
     """Hide every message behind masks that cancel in the sum; exact modular sum, no ε by itself.
 
     The options of every secure sum are those of `fltoolkit.secagg.defense.SecureAggregation`; here threshold
-    is also the t of the secret sharing, t = ⌈threshold · holders⌉. graph: "complete", every pair of clients
-    masks each other, or "regular", each with `degree` others (None: the smallest even degree that fails with
-    less than 2^-40 in privacy and 2^-20 in finishing, for a fifth of the clients colluding and `dropout`, at
-    least a twentieth, dropped). malicious: whether clients sign all they send and compare the set of
-    survivors. bind: whether keys are bound to a hash of the model that each client received, so that
-    clients who were sent different models add up to nothing. workers: threads that make masks.
+    is also the t of the secret sharing, t = ⌈threshold · holders⌉, but where the degree is chosen, t is too.
+    graph: "complete", every pair of clients masks each other, or "regular", each with `degree` others (None:
+    the smallest even degree that fails with less than 2^-40 in privacy and 2^-20 in finishing, for a fifth of
+    the clients colluding and `dropout`, at least a twentieth, dropped). malicious: whether clients sign all
+    they send and compare the set of survivors. bind: whether keys are bound to a hash of the model that each
+    client received, so that clients who were sent different models add up to nothing. workers: threads that
+    make masks.
     """
 
     name: ClassVar[str] = "secagg"
@@ -74,12 +75,15 @@ class SecAgg(SecureAggregation):
     def degree_for(self, cohort: int) -> int:
         """k of a regular graph of the cohort; raises InputError where there is none."""
         if self.degree is None:
-            return parameters(cohort, corrupt=0.2, dropout=max(self.dropout, 0.05)).degree
+            return self._choice(cohort).degree
         if not (self.degree < cohort and self.degree * cohort % 2 == 0):
             raise InputError(
                 f"secagg:degree must be below the cohort of {cohort}, one of the two even, got {self.degree}"
             )
         return self.degree
+
+    def _choice(self, cohort: int) -> Choice:
+        return parameters(cohort, corrupt=0.2, dropout=max(self.dropout, 0.05))
 
     def play(self, words: Mapping[int, np.ndarray], silent: Mapping[int, int], ctx: RoundContext) -> Played:
         signers = {c: Signer() for c in ctx.clients} if self.malicious else {}
@@ -99,6 +103,8 @@ class SecAgg(SecureAggregation):
         least = self.survivors_needed(len(ctx.clients))
         holders = len(ctx.clients) if graph.degree == len(ctx.clients) - 1 else graph.degree
         threshold = max(1, ceil(self.threshold * holders - 1e-9))
+        if self.graph == "regular" and self.degree is None:
+            threshold = self._choice(len(ctx.clients)).threshold
         wire = Wire(token_bytes(SESSION_BYTES), verifiers)
         return bonawitz.Terms(wire, graph, threshold, least, dim, self.bits)
 

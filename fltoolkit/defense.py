@@ -157,6 +157,11 @@ class Defense:
         """The same for one round, where it depends on what the defense remembers."""
         return self.bound(sensitivity)
 
+    def rounded(self, sensitivity: float, ctx: RoundContext) -> float:
+        """The L2 norm of a row of at most `sensitivity` as this defense adds it up; only where
+        `hides_messages`."""
+        return sensitivity
+
     @property
     def flat_norm(self) -> float | None:
         """C, where all that `clients` does is scale each row by min(1, C / its L2 norm); else None. Such a
@@ -264,7 +269,7 @@ class DefenseStack:
     @property
     def hides_messages(self) -> bool:
         """True where a secure sum hides single messages from the server."""
-        return any(d.hides_messages for d in self.defenses)
+        return self._secure_sum is not None
 
     def public(self) -> tuple[Mapping[str, Any], ...]:
         """The public parameters of every defense, those on single examples included, in list order."""
@@ -294,9 +299,16 @@ class DefenseStack:
         found: list[tuple[Defense, RoundContext]] = []
         bound: float | None = None
         for d, name in self._steps:
-            found.append((d, replace(ctx, sensitivity=bound, name=name)))
+            counted = bound
+            if d.noises_the_sum and bound is not None and self._secure_sum is not None:
+                counted = self._secure_sum.rounded(bound, ctx)
+            found.append((d, replace(ctx, sensitivity=counted, name=name)))
             bound = d.bound_in(bound, found[-1][1])
         return found
+
+    @property
+    def _secure_sum(self) -> Defense | None:
+        return next((d for d in self.defenses if d.hides_messages), None)
 
     def model(self, model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         """The model that everybody trains instead of `model`."""

@@ -42,6 +42,26 @@ def obvious(model, x, y, norm):
     return torch.stack(found), total
 
 
+class Centred(nn.Module):
+    """Takes the batch's mean off every example, outside of any layer that is known to do so."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(9, CLASSES)
+
+    def forward(self, x):
+        return self.out(x - x.mean(0))
+
+
+@pytest.mark.parametrize("make", [Centred, lambda: nn.Sequential(nn.Linear(9, CLASSES), nn.Softmax(0))])
+def test_examples_that_a_model_mixes_have_the_gradients_that_they_have_alone(make):
+    torch.manual_seed(0)
+    model, x, y = make(), torch.randn(B, 9), torch.arange(B) % CLASSES
+    _, expected = obvious(model, x, y, 0.5)
+    found, _ = clipped_sum(model, cross_entropy, Layout.of(model), x, y, 0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 class Tokens(nn.Module):
     """Means of embedded tokens and positions; the token 0 is padding."""
 
@@ -370,7 +390,7 @@ def test_pooling_reads_channels_last(monkeypatch):
     for model in (chain, other):
         layout, x = Layout.of(model), torch.randn(2, 1, 12, 12)
         clipped_sum(model, cross_entropy, layout, x, torch.zeros(2).long(), 1.0)
-    assert seen == [False] * 2 + [True] * 4
+    assert seen == [False] * 2 + [True] * 6  # of which four find out whether the model mixes examples
 
 
 def test_the_cheaper_norm_is_taken():

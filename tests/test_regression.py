@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 
 import jsonschema
@@ -22,7 +23,7 @@ from fltoolkit.cli import main
 from fltoolkit.errors import InputError
 from fltoolkit.pytest_plugin import _locked
 from fltoolkit.regression.baseline import Baseline, Case, Entry
-from fltoolkit.regression.decide import LESS, LIMIT, MISSING, MORE, SAME, compare, judge, level_of
+from fltoolkit.regression.decide import FEW, LESS, LIMIT, MISSING, MORE, SAME, compare, judge, level_of
 from fltoolkit.regression.gate import check, failures, measured, update
 from fltoolkit.regression.measure import measure
 from fltoolkit.regression.show import show
@@ -88,11 +89,29 @@ def test_unchanged_values_alarm_no_more_often_than_stated():
         ("psnr_db", [20.0] * 12, [20.5] * 12, SAME),
         ("sent_norm", [0.5] * 12, [0.505] * 12, SAME),
         ("psnr_db", [20.0] * 12, [20.0] * 12, SAME),
-        ("psnr_db", [10.0] * 3, [30.0] * 3, SAME),
+        ("psnr_db", [10.0] * 3, [30.0] * 3, FEW),
+        ("psnr_db", [10.0 + k for k in range(8)], [30.0 + k for k in range(8)], FEW),
+        ("psnr_db", [10.0 + k for k in range(9)], [30.0 + k for k in range(9)], MORE),
     ],
 )
 def test_changes_are_told_in_their_direction(metric, old, new, verdict):
     assert compare(metric, old, new, 1e-4)[1] == verdict
+
+
+def test_untied_values_are_judged_by_the_exact_test():
+    """Of all C(24, 12) orders, with none, one, ... of the old above the new: U <= 2 has 1 + 1 + 2 of them."""
+    old, new = [float(k) for k in range(12)], [20.0 + k for k in range(12)]
+    assert compare("psnr_db", old, new, 1e-4)[0] == pytest.approx(2 / comb(24, 12))
+    new[0] = 9.5  # below two of the old
+    assert compare("psnr_db", old, new, 1e-4)[0] == pytest.approx(2 * 4 / comb(24, 12))
+
+
+def test_no_entry_of_the_projects_own_baseline_is_too_small_to_fail():
+    known = Baseline.load(Path(__file__).parents[1] / "leakage.json")
+    level = level_of(known.alpha, known.entries)
+    for name, entry in known.entries.items():
+        for metric, values in entry.measured.items():
+            assert compare(metric, values, [v + 1e6 + k for k, v in enumerate(values)], level)[1] != FEW, name
 
 
 def test_a_limit_holds_with_and_without_a_baseline():

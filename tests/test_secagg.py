@@ -14,18 +14,20 @@ from scipy.stats import chisquare
 
 from defenses.clip import Clip
 from defenses.discrete_gaussian import DiscreteGaussian
+from defenses.gaussian import Gaussian
 from defenses.lightsecagg import LightSecAgg
 from defenses.mpc import MPC
 from defenses.secagg import SecAgg
 from defenses.skellam import Skellam
-from fltoolkit.defense import DefenseStack, RoundContext, Sampling
+from fltoolkit.defense import DefenseStack, Local, RoundContext, Sampling
 from fltoolkit.errors import InputError
 from fltoolkit.loss import cross_entropy
 from fltoolkit.secagg.fixed_point import FixedPoint
+from fltoolkit.secagg.graph import parameters
 from fltoolkit.training.federation import Federation
 from fltoolkit.training.round import run_round
 from fltoolkit.training.task import Task
-from fltoolkit.types import LocalSpec, Meddling
+from fltoolkit.types import Layout, LocalSpec, Meddling
 
 Q = 2**32 - 5
 
@@ -268,6 +270,38 @@ def test_noise_on_integers_survives_all_protocols_exactly(protocol):
 def test_impossible_protocols_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_noise_is_for_rows_as_they_are_rounded():
+    """The longest that a row of norm 0.5 can be in the sum, against what the noise is for."""
+    model = tiny_model()
+    layout = Layout.of(model)
+    for rounding, bits, clients in (("nearest", 16, 100), ("stochastic", 16, 100), ("nearest", 32, 10)):
+        sum_ = SecAgg(bits=bits, rounding=rounding)
+        stack = DefenseStack([Clip(norm=0.5), Gaussian(), sum_])
+        how = Sampling("full", 1.0, clients)
+        local = Local(model, layout.row(model), cross_entropy, layout)
+        given = replace(context([1] * clients), local=local, sampling=how)
+        (counted,) = (c.sensitivity for d, c in stack._in(given) if d.noises_the_sum)
+        encoding, rng = sum_.encoding(clients, 1), np.random.default_rng(0)
+        longest = 0.0
+        for width in (layout.size, layout.size // 2, layout.size // 9):
+            row = np.zeros(layout.size)
+            row[:width] = 0.5 / np.sqrt(width)
+            words = encoding.encode(row, 1, rng if rounding == "stochastic" else None)
+            longest = max(longest, float(np.linalg.norm(encoding.decode(words)[0])))
+        assert 0.5 <= longest <= counted <= 1.0 + 0.5 * (rounding == "stochastic")
+        assert (counted < 0.5001) == (bits == 32)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_chosen_degree_comes_with_its_threshold(dropout):
+    defense = SecAgg(graph="regular", dropout=dropout, threshold=0.5)
+    found = defense.terms(context([1] * 1000), 3)
+    chosen = parameters(1000, 0.2, max(dropout, 0.05))
+    assert (found.graph.degree, found.threshold) == (chosen.degree, chosen.threshold)
+    given = SecAgg(graph="regular", degree=10, threshold=0.5).terms(context([1] * 1000), 3)
+    assert given.threshold == 5
 
 
 # --- dropouts in rounds ---------------------------------------------------------------------------------

@@ -22,6 +22,21 @@ DATA = Dataset("few", tiny_examples(40), None, 4)
 IDLG = "idlg:restarts=2"
 
 
+def test_a_target_that_dropped_out_is_not_taken_for_another():
+    """Client 0 is the target, the first of those who are left is not."""
+    for seed in range(20):
+        stage = Stage(
+            scene("inconsistency", 4, "secagg:dropout=0.5,bind=false,threshold=0.1", relu_model(), seed=seed)
+        )
+        look = stage.look(0)
+        if look.observation is None:
+            assert "target dropped out" in look.stopped
+            assert torch.equal(look.truth.x, stage.private(0)[0].x)
+            return
+        assert torch.equal(look.truth.x, stage.private(0)[0].x)
+    pytest.fail("nobody ever dropped out")
+
+
 def relu_model():
     torch.manual_seed(0)
     return nn.Sequential(

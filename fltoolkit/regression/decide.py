@@ -1,16 +1,18 @@
 """Whether two sets of victims show the same leak.
 
-A metric has changed where the two-sided test of Mann and Whitney 1947 (exact without ties) rejects that old
-and new values come from one distribution, at the level alpha over the number of metrics that a check looks
-at (Bonferroni), and the means differ by more than the metric's tolerance. Values of unchanged code under
-another seed come from one distribution, so a check alarms with a chance of at most alpha. It alarms in both
-directions: an attack that has silently become weaker would hide leaks.
+A metric has changed where the two-sided test of Mann and Whitney 1947 (exact where there are no ties) rejects
+that old and new values come from one distribution, at the level alpha over the number of metrics that a check
+looks at (Bonferroni), and the means differ by more than the metric's tolerance. Values of unchanged code
+under another seed come from one distribution, so a check alarms with a chance of at most alpha. It alarms in
+both directions: an attack that has silently become weaker would hide leaks. Where there are so few victims
+that it could not alarm whatever they show, that fails too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 from scipy.stats import mannwhitneyu
@@ -21,6 +23,8 @@ from fltoolkit.regression.baseline import Entry
 from fltoolkit.regression.measure import METRICS
 
 SAME, MORE, LESS, LIMIT, MISSING = "same", "leaks more", "leaks less", "above the limit", "no baseline"
+FEW = "too few victims"
+"""Not even values that are all larger than before would be told from them at the level."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ def judge(
 def compare(metric: str, old: Sequence[float], new: Sequence[float], level: float) -> tuple[float, str]:
     """p, and what it says at this level."""
     m = METRICS[metric]
-    p = (
-        float(mannwhitneyu(old, new, alternative="two-sided").pvalue)
-        if set(old) | set(new) != {old[0]}
-        else 1.0
-    )
+    if 2 / comb(len(old) + len(new), len(new)) >= level:
+        return 1.0, FEW
+    values = (*old, *new)
+    method = "exact" if len(set(values)) == len(values) else "asymptotic"
+    constant = len(set(values)) == 1
+    p = 1.0 if constant else float(mannwhitneyu(old, new, alternative="two-sided", method=method).pvalue)
     before, after = float(np.mean(old)), float(np.mean(new))
     if p >= level or m.negligible(before, after):
         return p, SAME

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from math import ceil
+from math import ceil, sqrt
 from typing import ClassVar
 
 import numpy as np
@@ -103,6 +103,22 @@ class SecureAggregation(Defense):
 
     def encoding(self, cohort: int, most: int) -> FixedPoint:
         return FixedPoint(cohort, self.modulus, self.value_range, most)
+
+    def rounded(self, sensitivity: float, ctx: RoundContext) -> float:
+        """Rounding lengthens a row by √D / 2 steps at most, and doubles it at most, as what is below half a
+        step becomes zero; at random, by √D steps. Counted for the largest cohort that these may be the
+        survivors of, whose steps are the widest."""
+        if ctx.local is None or not ctx.clients:
+            return sensitivity
+        largest = max(ctx.counts, default=1)
+        most = self.most if self.most and ctx.counts else largest
+        how = ctx.sampling
+        known = 0 if how.kind == "poisson" else round(how.rate * how.population)
+        cohort = known or ceil(len(ctx.clients) / self.threshold)
+        longer = sqrt(ctx.local.layout.size) * most / largest / self.encoding(cohort, most).scale
+        if self.rounding == "stochastic":
+            return sensitivity + longer
+        return min(2 * sensitivity, sensitivity + longer / 2)
 
     def survivors_needed(self, cohort: int) -> int:
         """⌈threshold · K⌉."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from fltoolkit.models import evaluating
 from fltoolkit.training.private.layers import RULES, rule_for, takes
 from fltoolkit.training.private.norms import Term
 from fltoolkit.types import Layout, Loss
@@ -118,10 +119,16 @@ class Capture:
         return True
 
     def batch_comes_first(self, x: Tensor) -> bool:
-        """Whether all layers' inputs and outputs have one entry for one example, tried on x `[1, ..]`."""
+        """Whether all layers' inputs and outputs have one entry for one example, and no example has a part in
+        another's output, tried on x `[1, ..]` alone and beside a different one, in evaluation mode."""
+        other = torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x).to(x.dtype)
+        other = other if x.is_floating_point() else torch.zeros_like(x)
         self.calls = {}
-        with torch.no_grad():
-            self.model(x)
+        with torch.no_grad(), evaluating(self.model):
+            beside = self.model(torch.cat([x, other]))[:1]
+            alone = self.model(x)
+        if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-5 * float(1 + alone.abs().max())):
+            return False
         return all(c.x is not None and len(c.x) == 1 and c.length == 1 for c in self.calls.values())
 
 
