@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ class Stage:
         require(scene.clients is None or scene.clients >= 1, "clients", ">= 1", scene.clients)
         require(scene.seed >= 0, "seed", ">= 0", scene.seed)
         require(0 < scene.delta < 1, "delta", "between 0 and 1", scene.delta)
+        require(isfinite(scene.threshold_db), "threshold_db", "a finite number", scene.threshold_db)
         check_local(scene.local)
         self.device = check_device(scene.device)
         self.scene = scene

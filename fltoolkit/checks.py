@@ -25,9 +25,19 @@ def check_precision(precision: str) -> None:
     require(precision in PRECISIONS, "precision", f"one of {PRECISIONS}", precision)
 
 
+SMALLEST_SIDE = 3
+"""Of an image that structural similarity can be computed of."""
+
+
 def check_searchable(data: Dataset) -> None:
     if data.tokens:
         raise InputError(f"data must hold real numbers, such as pixels, to be attacked, got {data.name!r}")
+    shape = data.input_shape
+    if len(shape) != 3 or shape[0] not in (1, 3) or min(shape[1:]) < SMALLEST_SIDE:
+        raise InputError(
+            f"data must hold images [C, H, W] with C = 1 or 3 and sides of {SMALLEST_SIDE} or more, by which "
+            f"attacks are scored, to be attacked, got {shape} in {data.name!r}"
+        )
 
 
 def check_loss(loss: Loss, num_classes: int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from math import isfinite
 from typing import Any, get_type_hints
 
-from fltoolkit.errors import InputError, unknown
+from fltoolkit.errors import InputError, require, unknown
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -41,7 +42,13 @@ def construct(
             unknown(f"option of {kind} {cls.name}", key, known)  # type: ignore[attr-defined]
         field = aliases.get(key, key)
         values[field] = _convert(f"{cls.name}:{key}", text, hints[field])  # type: ignore[attr-defined]
-    values |= {k: v for k, v in (overrides or {}).items() if v is not None and k in known}
+    for key, value in (overrides or {}).items():
+        if value is not None and key not in known:
+            unknown(f"option of {kind} {cls.name}", key, known)  # type: ignore[attr-defined]
+    values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    for name, value in values.items():
+        endless = isinstance(value, float) and not isfinite(value)
+        require(not (kind == "attack" and endless), f"{cls.name}:{name}", "finite", value)  # type: ignore[attr-defined]
     return cls(**values)
 
 

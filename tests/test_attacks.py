@@ -78,10 +78,25 @@ def test_one_example_comes_back(name):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_options_and_unknown_ones(name):
-    assert registry.make_attack(f"{name}:steps=7", restarts=2).steps == 7
+    assert registry.make_attack(f"{name}:steps=7").steps == 7
+    assert registry.make_attack(name, steps=7).steps == 7
+    if hasattr(registry.attack_class(name)(), "restarts"):
+        assert registry.make_attack(name, restarts=2).restarts == 2
+    else:
+        with pytest.raises(InputError, match=f"unknown option of attack {name} 'restarts'"):
+            registry.make_attack(name, restarts=2)
     assert registry.make_attack(name, steps=None).steps == registry.attack_class(name)().steps
     with pytest.raises(InputError, match=f"unknown option of attack {name} 'stops'"):
         registry.make_attack(f"{name}:stops=7")
+
+
+@pytest.mark.parametrize(
+    "spec", ["inverting:tv=nan", "inverting:lr=inf", "sme:tv=inf", "idlg:tolerance=inf", "dlfa:lr=-inf"]
+)
+def test_options_that_no_report_can_hold_are_refused(spec):
+    name, key = spec.split("=")[0].split(":")
+    with pytest.raises(InputError, match=f"{name}:{key} must be finite|{key} must be"):
+        registry.make_attack(spec)
 
 
 def test_third_parties_add_attacks_by_entry_point(monkeypatch):

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset
 
+from fltoolkit.audit import Scene, Stage
 from fltoolkit.data import from_torch, load
 from fltoolkit.errors import InputError
+from fltoolkit.report.figures import show_image
 from fltoolkit.training.federation import State, federate
 from fltoolkit.training.recipe import Kitchen, Recipe
 
@@ -93,6 +96,24 @@ def test_lines_of_tokens_with_a_class_each_are_trained(tmp_path):
     assert last.state.evaluated[-1][1].accuracy == 1.0
     with pytest.raises(InputError, match=r"must give 2 logits an example, got output shape \(2, 6, 2\)"):
         Kitchen(replace(recipe, model="charlstm")).federation([])
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 2, 2), (3, 20), (2, 8, 8)])
+def test_what_attacks_cannot_be_scored_on_is_refused_before_they_run(shape, tmp_path):
+    spec = write(tmp_path / "a.npz", x=np.random.default_rng(0).random((60, *shape)), y=np.arange(60) % 3)
+    with pytest.raises(InputError, match=r"data must hold images \[C, H, W\] with C = 1 or 3 and sides of 3"):
+        Stage(Scene(attack="idlg", data=spec, model="mlp"))
+
+
+def test_pictures_go_from_the_least_value_to_the_greatest():
+    axis = plt.figure().add_subplot()
+    for channels in (1, 3):
+        ramp = torch.linspace(-1, 3, 5).view(1, 1, 5).expand(channels, 1, 5)
+        show_image(axis, ramp, (-1.0, 3.0))
+        drawn = np.asarray(axis.images[-1].get_array()).reshape(5, -1)
+        assert np.allclose(drawn, np.linspace(0, 1, 5)[:, None])
+        assert axis.images[-1].get_clim() == (0, 1)
+    plt.close()
 
 
 def test_an_id_for_a_label_is_refused(tmp_path):

@@ -188,7 +188,17 @@ def test_a_baseline_comes_back_as_it_was_written(tmp_path):
         ('{"schema": "other"}', "schema of the baseline must be 'fltoolkit/leakage-1', got 'other'"),
         (
             '{"schema": "fltoolkit/leakage-1", "alpha": 2, "entries": {}}',
-            "alpha must be between 0 and 1, got 2",
+            "alpha must be a number between 0 and 1, got 2",
+        ),
+        ('{"schema": "fltoolkit/leakage-1", "alpha": "x", "entries": {}}', "alpha must be a number between"),
+        ('{"schema": "fltoolkit/leakage-1"}', "entries of the baseline must be a JSON object, got None"),
+        (
+            '{"schema": "fltoolkit/leakage-1", "entries": {"x": 3}}',
+            "'x' in the baseline must be a JSON object",
+        ),
+        (
+            '{"schema": "fltoolkit/leakage-1", "entries": {"x": {"victims": "12"}}}',
+            "victims of 'x' in the baseline must be of type int, got 12",
         ),
         (
             '{"schema": "fltoolkit/leakage-1", "entries": {"x": {"atack": "dlg"}}}',

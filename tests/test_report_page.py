@@ -290,6 +290,7 @@ def test_command_writes_beside_the_run_or_where_told(tmp_path, capsys, run):
         ("{", "run must be JSON"),
         ("[1]", "run must have the schema 'fltoolkit.tradeoff/1', got None"),
         ('{"schema": "fltoolkit.audit/1"}', "got 'fltoolkit.audit/1'"),
+        ('{"schema": "fltoolkit.tradeoff/1"}', "run must hold 'grid', got none in"),
     ],
 )
 def test_bad_runs_end_in_one_sentence(tmp_path, content, expected):

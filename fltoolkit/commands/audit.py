@@ -96,10 +96,9 @@ def run_audit(attack: str, o: AuditOptions) -> int:
         result = audit.run(scene, bar)
     bar.close()
     write_json(folder / "report.json", result.report)
-    low, high = result.input_range
     threat = result.report["threat"]
     title = f"{name} on {o.data}, {o.model}, batch {o.batch}, {_defended(o.defense)}, {threat} view"
-    reconstruction_figure(folder / "reconstruction.png", result.victims, title, high - low)
+    reconstruction_figure(folder / "reconstruction.png", result.victims, title, result.input_range)
     forget(search)
     print(_summary(result.report, folder), file=sys.stderr if o.json else sys.stdout)
     if o.json:

@@ -55,6 +55,9 @@ def read_run(source: Path) -> dict[str, Any]:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise InputError(f"run must have the schema {SCHEMA!r}, got {schema!r} in {str(source)!r}")
+    for key in ("grid", "threats", "points", "failed"):
+        if key not in found:
+            raise InputError(f"run must hold {key!r}, got none in {str(source)!r}")
     return dict(found)
 
 

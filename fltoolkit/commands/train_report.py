@@ -56,8 +56,8 @@ def write(folder: Path, o: TrainOptions, state: State, report: dict[str, Any], s
     if spy.seen:
         rounds = ", ".join(str(r) for r, _ in spy.seen)
         heading = f"{o.attack} on a live update, rounds {rounds} ({o.threat} view)"
-        low, high = spy.data.input_range
-        reconstruction_figure(folder / "reconstruction.png", [s for _, s in spy.seen], heading, high - low)
+        seen = [s for _, s in spy.seen]
+        reconstruction_figure(folder / "reconstruction.png", seen, heading, spy.data.input_range)
 
 
 def summary(report: dict[str, Any], folder: Path, spy: Spy) -> str:

@@ -88,9 +88,10 @@ class Baseline:
         require(
             content.get("schema") == SCHEMA, "schema of the baseline", repr(SCHEMA), content.get("schema")
         )
-        alpha = content.get("alpha", ALPHA)
-        require(0 < alpha < 1, "alpha", "between 0 and 1", alpha)
-        return cls({n: _entry(n, e) for n, e in content["entries"].items()}, alpha)
+        alpha, entries = content.get("alpha", ALPHA), content.get("entries")
+        require(isinstance(alpha, float) and 0 < alpha < 1, "alpha", "a number between 0 and 1", alpha)
+        require(isinstance(entries, dict), "entries of the baseline", "a JSON object", entries)
+        return cls({n: _entry(n, e) for n, e in entries.items()}, alpha)
 
     def save(self, path: Path) -> None:
         """Write it, sorted by name and with what is as usual left out of cases."""
@@ -108,7 +109,8 @@ class Baseline:
         write_json(path, {"schema": SCHEMA, "alpha": self.alpha, "entries": entries})
 
 
-def _entry(name: str, content: Mapping[str, Any]) -> Entry:
+def _entry(name: str, content: Any) -> Entry:
+    require(isinstance(content, dict), f"{name!r} in the baseline", "a JSON object", content)
     own = {f.name for f in fields(Entry)} - {"case"}
     case = {k: v for k, v in content.items() if k not in own}
     known = {f.name for f in fields(Case)}
@@ -117,4 +119,8 @@ def _entry(name: str, content: Mapping[str, Any]) -> Entry:
             unknown(f"field of {name!r} in the baseline", key, known | own)
     if "defenses" in case:
         case["defenses"] = tuple(case["defenses"])
+    for key, value in case.items():
+        usual = getattr(Case(), key)
+        good = usual is None or type(value) is type(usual) or (type(usual), type(value)) == (float, int)
+        require(good, f"{key} of {name!r} in the baseline", f"of type {type(usual).__name__}", value)
     return Entry(Case(**case), **{k: v for k, v in content.items() if k in own})

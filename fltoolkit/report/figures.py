@@ -16,8 +16,11 @@ from fltoolkit.training.evaluate import Evaluation
 SHOWN_IMAGES = 6
 INK, ACCENT, GRID = "#1f2937", "#c2410c", "#d1d5db"
 
+Bounds = tuple[float, float]
+"""What is black and what is white."""
 
-def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, data_range: float) -> None:
+
+def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, bounds: Bounds) -> None:
     """Original, reconstruction and the best guess without the update of the first images, and the matching
     loss over iterations of their victims."""
     import matplotlib
@@ -39,7 +42,7 @@ def reconstruction_figure(path: Path, victims: Sequence[Scored], title: str, dat
         heads = ("original", "reconstruction", "best guess\nwithout the update")
         for column, image in enumerate((s.truth.x[i], s.x[i], s.trivial[i])):
             axis = figure.add_subplot(grid[row, column])
-            show_image(axis, image, data_range)
+            show_image(axis, image, bounds)
             axis.set_xlabel(labels[column], fontsize=9, color=INK)
             if row == 0:
                 axis.set_title(heads[column], fontsize=10, color=INK)
@@ -71,10 +74,12 @@ def accuracy_figure(path: Path, evaluated: Sequence[tuple[int, Evaluation]], tit
     save(figure, path)
 
 
-def show_image(axis: Any, image: Tensor, data_range: float) -> None:
-    pixels = image.permute(1, 2, 0).numpy()
+def show_image(axis: Any, image: Tensor, bounds: Bounds) -> None:
+    """An image `[C, H, W]`, from black at the lower bound to white, or full colour, at the upper one."""
+    low, high = bounds
+    pixels = ((image - low) / (high - low)).clamp(0, 1).permute(1, 2, 0).numpy()
     grey = pixels.shape[2] == 1
-    axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=data_range)
+    axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=1)
     axis.set_xticks([])
     axis.set_yticks([])
     for side in axis.spines.values():

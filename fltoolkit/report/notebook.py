@@ -17,7 +17,7 @@ from PIL import Image
 
 from fltoolkit.audit import Result
 from fltoolkit.errors import InputError, require
-from fltoolkit.report.figures import ACCENT, GRID, INK, show_image, tidy
+from fltoolkit.report.figures import ACCENT, GRID, INK, Bounds, show_image, tidy
 from fltoolkit.report.terminal import interval, table
 from fltoolkit.scoring import Scored
 from fltoolkit.training.evaluate import Evaluation
@@ -123,15 +123,14 @@ def lineup(results: Mapping[str, Result], text: str, most: int = 8) -> Picture:
     floors = [victims[v].psnr[i] - victims[v].gain[i] for v, i in places]
     guesses = [victims[v].trivial[i] for v, i in places]
     best = [(g, f"{f:.1f} dB") for g, f in zip(guesses, floors, strict=True)]
-    low, high = found[0][1].input_range
-    return _strips([*strips, ("best guess\nwithout update", best)], high - low, text)
+    return _strips([*strips, ("best guess\nwithout update", best)], found[0][1].input_range, text)
 
 
 def _same_truth(a: Sequence[Scored], b: Sequence[Scored]) -> bool:
     return len(a) == len(b) and all(torch.equal(s.truth.x, t.truth.x) for s, t in zip(a, b, strict=True))
 
 
-def _strips(strips: Sequence[tuple[str, Sequence[tuple[Any, str]]]], data_range: float, text: str) -> Picture:
+def _strips(strips: Sequence[tuple[str, Sequence[tuple[Any, str]]]], bounds: Bounds, text: str) -> Picture:
     """One strip of captioned images for each name."""
     plt = _pyplot()
     one = len(strips[0][1]) == 1
@@ -141,7 +140,7 @@ def _strips(strips: Sequence[tuple[str, Sequence[tuple[Any, str]]]], data_range:
     for s, (name, images) in enumerate(strips):
         for i, (image, caption) in enumerate(images):
             axis = axes[0, s] if one else axes[s, i]
-            show_image(axis, image, data_range)
+            show_image(axis, image, bounds)
             axis.set_xlabel(caption, fontsize=9, color=INK)
             if one:
                 axis.set_title(name, fontsize=9, color=INK)

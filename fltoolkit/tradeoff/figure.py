@@ -20,7 +20,9 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     threats = [t["name"] for t in content["threats"]]
-    panels = max(1, len(threats))
+    if not threats:  # nothing was trained, nothing attacked
+        return
+    panels = len(threats)
     figure, axes = plt.subplots(
         1,
         panels,

@@ -27,6 +27,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ class Grid:
         for attack in self.attacks:
             registry.make_attack(attack)
         self._check_names()
+        for seed in self.seeds:
+            replace(self.recipe, seed=seed).check()
+        require(isfinite(self.threshold_db), "threshold_db", "a finite number", self.threshold_db)
         kitchen = Kitchen(replace(self.recipe, seed=self.seeds[0]))
         check_searchable(kitchen.data)
         for curve in self.curves:
@@ -138,21 +142,33 @@ def grid_of(content: Mapping[str, Any]) -> Grid:
     leakage = _table(content, "leakage")
     _only("key of [leakage]", leakage, ("attacks", "threats", "rounds", "victims", "threshold_db"))
     rounds = _number(federation.pop("rounds", 30), "rounds of the federation")
-    curves = [_curve(d) for d in content.get("defense", [])]
+    curves = [_curve(d) for d in _list(content, "defense", ())]
     if not any(c.name == NONE for c in curves):
         curves.insert(0, Curve(NONE, ((),)))
     return Grid(
         recipe=_recipe(federation),
         rounds=rounds,
-        seeds=tuple(_number(s, "seeds") for s in content.get("seeds", [0])),
-        attacked=tuple(dict.fromkeys(_round(r, rounds) for r in leakage.get("rounds", PLACES))),
+        seeds=tuple(_number(s, "seeds") for s in _list(content, "seeds", [0])),
+        attacked=tuple(dict.fromkeys(_round(r, rounds) for r in _list(leakage, "rounds", PLACES))),
         victims=_number(leakage.get("victims", 4), "victims"),
-        threats=tuple(leakage.get("threats", ("server", "aggregate"))),
-        attacks=tuple(leakage.get("attacks", ("idlg:adapt=true", "inverting"))),
+        threats=tuple(map(str, _list(leakage, "threats", ("server", "aggregate")))),
+        attacks=tuple(map(str, _list(leakage, "attacks", ("idlg:adapt=true", "inverting")))),
         curves=tuple(curves),
-        delta=float(content.get("delta", 1e-5)),
-        threshold_db=float(leakage.get("threshold_db", 30.0)),
+        delta=_real(content.get("delta", 1e-5), "delta"),
+        threshold_db=_real(leakage.get("threshold_db", 30.0), "threshold_db"),
     )
+
+
+def _list(content: Mapping[str, Any], key: str, default: Sequence[Any]) -> Sequence[Any]:
+    found = content.get(key, default)
+    require(isinstance(found, list | tuple), key, "a list", found)
+    return list(found)
+
+
+def _real(value: Any, name: str) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    require(good, name, "a number", value)
+    return float(value)
 
 
 def _recipe(federation: Mapping[str, Any]) -> Recipe:
@@ -185,7 +201,7 @@ def _curve(entry: Mapping[str, Any]) -> Curve:
     name = entry.get("name")
     require(isinstance(name, str) and bool(name), "name of a [[defense]]", "a text", name)
     if "stacks" in entry:
-        return Curve(str(name), tuple(_stack(s) for s in entry["stacks"]))
+        return Curve(str(name), tuple(_stack(s) for s in _list(entry, "stacks", ())))
     stack = _stack(entry.get("stack", []))
     if "values" not in entry:
         return Curve(str(name), (stack,))
