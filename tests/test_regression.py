@@ -198,7 +198,7 @@ def test_a_baseline_comes_back_as_it_was_written(tmp_path):
         ),
         (
             '{"schema": "fltoolkit/leakage-1", "entries": {"x": {"victims": "12"}}}',
-            "victims of 'x' in the baseline must be of type int, got 12",
+            "victims of 'x' in the baseline must be of type int, got '12'",
         ),
         (
             '{"schema": "fltoolkit/leakage-1", "entries": {"x": {"atack": "dlg"}}}',
